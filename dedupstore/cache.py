@@ -1,0 +1,213 @@
+"""The shared buffer cache: frames by number, a byte budget, one load per miss.
+
+Knows frame numbers and raw bytes only; where they come from is the loader's business. Because a
+frame number stands for content (a store holds each chunk once), every image and clone that shares a
+chunk hits the same entry.
+
+Policy: S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): new
+entries pass through a small queue that holds a tenth of the budget, and only those used again move
+to the main queue, so one long scan cannot empty the cache. Two changes suit it to block reads:
+uses within one *epoch* count once, because reading a frame front to back in 4 KiB requests is one
+use and not 64; and a use after a prefetch is the first use, not the second.
+
+Thread-safety: `entries` may be read without a lock (one dictionary lookup, atomic under the GIL);
+everything that changes it runs under one lock, which is never held over I/O, checksums or
+decompression. docs/concurrency.md, "Cache".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from dedupstore.errors import ChunkDamagedError
+
+# Share of the budget for entries seen once, and of the ghost list, after the paper.
+_SMALL_SHARE = 10
+_FREQUENCY_MAX = 3
+# An epoch lasts until this share of the budget has been loaded. A scan stays in one frame for far
+# less; an entry passes through the small queue in about three.
+_EPOCHS_PER_BUDGET = 32
+# What an entry costs beyond its bytes: object, offsets, dictionary and queue slots (measured with
+# sys.getsizeof and rounded up).
+ENTRY_OVERHEAD_BYTES = 512
+
+
+class Entry:
+    """A cached frame. `view` is its raw bytes, `offsets[slot]` where each chunk begins in them.
+
+    Readers may keep using an entry after its eviction: it owns its bytes.
+    """
+
+    __slots__ = ("cost", "epoch", "frame", "frequency", "offsets", "view")
+
+    def __init__(self, frame: int, raw: bytes, offsets: tuple[int, ...]) -> None:
+        self.frame = frame
+        self.view = memoryview(raw)
+        self.offsets = offsets
+        self.cost = len(raw) + ENTRY_OVERHEAD_BYTES
+        self.frequency = 0
+        self.epoch = -1  # never used: a reader's first use runs `FrameCache.touch`
+
+
+class _Flight:
+    """A load in progress: its leader fills it in, the others wait for it."""
+
+    __slots__ = ("done", "entry", "error")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.entry: Entry | None = None
+        self.error: Exception | None = None
+
+
+Loader = Callable[[int], tuple[bytes, tuple[int, ...]]]
+
+
+class FrameCache:
+    """Frames held in memory within `budget` bytes, entries' overhead included.
+
+    `load(frame)` returns the frame's raw bytes and slot offsets; it is called without any lock
+    held, at most once at a time per frame, and its exceptions reach every caller that waited.
+    """
+
+    def __init__(self, budget: int, load: Loader) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.epoch = 0
+        self.bytes = 0
+        self.misses = 0
+        self.evictions = 0
+        self._budget = budget
+        self._small_budget = budget // _SMALL_SHARE
+        self._load = load
+        self._lock = threading.Lock()
+        self._flights: dict[int, _Flight] = {}
+        self._small: deque[Entry] = deque()
+        self._main: deque[Entry] = deque()
+        self._small_bytes = 0
+        self._ghosts: OrderedDict[int, int] = OrderedDict()
+        self._ghost_bytes = 0
+        self._epoch_bytes = max(budget // _EPOCHS_PER_BUDGET, 1)
+        self._epoch_loaded = 0
+
+    def touch(self, entry: Entry) -> None:
+        """Note a use of `entry` in the current epoch. The hot path calls this when
+        `entry.epoch != cache.epoch`. Racing calls may count a use twice, which is harmless."""
+        if entry.epoch >= 0 and entry.frequency < _FREQUENCY_MAX:
+            entry.frequency += 1
+        entry.epoch = self.epoch
+
+    def get(self, frame: int) -> Entry:
+        """The entry of `frame`, loading it when it is absent. Raises what the loader raises."""
+        return self._get(frame, prefetch=False)
+
+    def prefetch(self, frame: int) -> None:
+        """Load `frame` unless it is here or on its way. Errors are left for the read that needs it."""
+        if frame in self.entries or frame in self._flights:
+            return
+        try:
+            self._get(frame, prefetch=True)
+        except Exception:  # noqa: BLE001 - the reader meets the same error and reports it
+            return
+
+    def _get(self, frame: int, *, prefetch: bool) -> Entry:
+        with self._lock:
+            entry = self.entries.get(frame)
+            if entry is not None:
+                # Between the caller's unlocked lookup and this one another thread has loaded it.
+                return entry
+            flight = self._flights.get(frame)
+            leader = flight is None
+            if flight is None:
+                flight = self._flights[frame] = _Flight()
+            if not prefetch:
+                self.misses += 1
+        if leader:
+            return self._lead(frame, flight)
+        flight.done.wait()
+        if flight.entry is None:
+            raise _copy(flight.error)
+        return flight.entry
+
+    def _lead(self, frame: int, flight: _Flight) -> Entry:
+        try:
+            entry = Entry(frame, *self._load(frame))
+        except Exception as error:
+            flight.error = error
+            with self._lock:
+                del self._flights[frame]
+            flight.done.set()
+            raise
+        flight.entry = entry
+        with self._lock:
+            # Inserted and taken off the flights in one step: nobody can find neither.
+            self._insert(entry)
+            del self._flights[frame]
+        flight.done.set()
+        return entry
+
+    # --- below: the lock is held ---------------------------------------------------------------
+
+    def _insert(self, entry: Entry) -> None:
+        if entry.cost > self._budget:
+            return
+        self._advance_epoch(entry.cost)
+        while self.bytes + entry.cost > self._budget:
+            self._evict()
+        ghost = self._ghosts.pop(entry.frame, None)
+        if ghost is None:
+            self._small.append(entry)
+            self._small_bytes += entry.cost
+        else:
+            self._ghost_bytes -= ghost
+            self._main.append(entry)
+        self.entries[entry.frame] = entry
+        self.bytes += entry.cost
+
+    def _advance_epoch(self, cost: int) -> None:
+        self._epoch_loaded += cost
+        if self._epoch_loaded >= self._epoch_bytes:
+            self._epoch_loaded = 0
+            self.epoch += 1
+
+    def _evict(self) -> None:
+        if self._small and (self._small_bytes > self._small_budget or not self._main):
+            self._evict_small()
+        else:
+            self._evict_main()
+
+    def _evict_small(self) -> None:
+        """Move the oldest small entry to main if it was used again, else drop and remember it."""
+        entry = self._small.popleft()
+        self._small_bytes -= entry.cost
+        if entry.frequency:
+            entry.frequency = 0
+            self._main.append(entry)
+            return
+        self._drop(entry)
+        self._ghosts[entry.frame] = entry.cost
+        self._ghost_bytes += entry.cost
+        while self._ghost_bytes > self._budget:
+            self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
+
+    def _evict_main(self) -> None:
+        """Drop the oldest main entry, or give it another round for each use it has had."""
+        entry = self._main.popleft()
+        if entry.frequency:
+            entry.frequency -= 1
+            self._main.append(entry)
+        else:
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        del self.entries[entry.frame]
+        self.bytes -= entry.cost
+        self.evictions += 1
+
+
+def _copy(error: Exception | None) -> Exception:
+    """An exception of one's own for each waiter: its reader adds image and offset to it."""
+    if isinstance(error, ChunkDamagedError):
+        return ChunkDamagedError(error.frame, error.reason, error.slot)
+    return error if error is not None else RuntimeError("load ended without a result")

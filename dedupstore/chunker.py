@@ -1,0 +1,117 @@
+"""Where to cut an image into chunks. Pure; thread-safe.
+
+Images share content file by file, and a file that grows shifts everything behind it, so chunks must
+begin where files begin. EROFS says where that is. For any other image cuts are content-defined on
+the 4 KiB grid: a block whose hash ends in zeros ends a chunk wherever it lies. Whole zero chunks,
+and in images without extents every zero block, become holes. docs/decisions/0001-cuts.md has the
+measurements.
+
+A *segment* is the unit of parallel work: a stretch of the image that is read and hashed at once.
+Cuts never cross a segment, which costs one cut per SEGMENT_BYTES and lets every core cut its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from xxhash import xxh3_64_intdigest
+
+from dedupstore.constants import (
+    CDC_BYTES_MIN,
+    CDC_MASK,
+    CHUNK_BYTES_MAX,
+    GRID_BYTES,
+    SEGMENT_BYTES,
+)
+
+_ZEROS = bytes(CHUNK_BYTES_MAX)
+_ZERO_BLOCK_HASH = xxh3_64_intdigest(_ZEROS[:GRID_BYTES])
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`length` bytes of the image from `offset` on.
+
+    `cuts` are the lengths of its chunks; empty when they are to be found by content.
+    """
+
+    offset: int
+    length: int
+    cuts: tuple[int, ...] = ()
+
+
+def is_zero(data: bytes | memoryview) -> bool:
+    """Whether a chunk of at most CHUNK_BYTES_MAX bytes is all zeros."""
+    if not data or data[0] or data[-1]:
+        return False
+    return bytes(data) == _ZEROS[: len(data)]
+
+
+def segments_of_extents(size: int, extents: Iterable[tuple[int, int]]) -> Iterator[Segment]:
+    """Cut at every extent's start and end, and every CHUNK_BYTES_MAX inside.
+
+    `extents` are sorted, disjoint (start, end) byte ranges; what lies between them is metadata and
+    is cut the same way.
+    """
+    cuts: list[int] = []
+    begin = position = 0
+    for edge in _edges(size, extents):
+        while position < edge:
+            length = min(CHUNK_BYTES_MAX, edge - position)
+            cuts.append(length)
+            position += length
+            if position - begin >= SEGMENT_BYTES:
+                yield Segment(begin, position - begin, tuple(cuts))
+                cuts, begin = [], position
+    if cuts:
+        yield Segment(begin, position - begin, tuple(cuts))
+
+
+def _edges(size: int, extents: Iterable[tuple[int, int]]) -> Iterator[int]:
+    for start, end in extents:
+        yield start
+        yield end
+    yield size
+
+
+def segments_of_data(regions: Iterable[tuple[int, int]]) -> Iterator[Segment]:
+    """Segments to be cut by content, covering the (start, end) regions that hold data.
+
+    Segment borders are multiples of SEGMENT_BYTES from the image's start, so that the same image
+    is cut the same way whether or not its file is sparse.
+    """
+    for start, end in regions:
+        while start < end:
+            stop = min(end, start - start % SEGMENT_BYTES + SEGMENT_BYTES)
+            yield Segment(start, stop - start)
+            start = stop
+
+
+def cut_by_content(data: memoryview) -> Iterator[int]:
+    """Lengths of a segment's chunks, in order, negative for holes. The sum of their sizes is
+    len(data).
+
+    The hash only chooses cuts; that a block is zero is confirmed by comparing it.
+    """
+    length = hole = 0
+    for position in range(0, len(data), GRID_BYTES):
+        block = data[position : position + GRID_BYTES]
+        hashed = xxh3_64_intdigest(block)
+        if hashed == _ZERO_BLOCK_HASH and is_zero(block):
+            if length:
+                yield length
+                length = 0
+            hole += len(block)
+            continue
+        if hole:
+            yield -hole
+            hole = 0
+        length += len(block)
+        if length >= CHUNK_BYTES_MAX or (length >= CDC_BYTES_MIN and not hashed & CDC_MASK):
+            yield length
+            length = 0
+    if length:
+        yield length
+    if hole:
+        yield -hole

@@ -1,0 +1,64 @@
+"""Keeps a damaged store from ending a command with a signal and no word.
+
+LMDB maps its file and follows what it reads; `dedupstore.pages` refuses what it can see from the
+outside, but damage behind that, a file that is truncated while it is open, or a disk that fails to
+read a page ends the process with SIGSEGV, SIGBUS or SIGABRT. So a command runs in a child process,
+and the parent, which touches no store, says in one line what happened. The child dies with its
+parent: killing `dedupstore` kills the command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_PR_SET_PDEATHSIG = 1
+
+
+def run_guarded(command: Callable[[], int]) -> int:
+    """Run `command` in a child and return its exit status; a crash becomes a message and 1."""
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _die_with(parent)
+        os._exit(_exit_status(command))
+    # Ctrl-C reaches both; the child reports, the parent waits for it. The rest is passed on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _FORWARDED:
+        signal.signal(number, lambda received, _frame: os.kill(child, received))
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        return os.WEXITSTATUS(status)
+    number = os.WTERMSIG(status)
+    if number in _CRASHES:
+        name = signal.Signals(number).name
+        message = f"the store's data.mdb is damaged or cannot be read ({name} inside LMDB)"
+        print(f"dedupstore: {message}; run 'dedupstore check'", file=sys.stderr)
+        return 1
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 1
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
+
+
+def _exit_status(command: Callable[[], int]) -> int:
+    try:
+        status = command()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        status = status or 1
+    return status

@@ -1,0 +1,71 @@
+"""The command group and the entry point: from errors to one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dedupstore import __version__
+from dedupstore.cli import images, maintenance, serving
+from dedupstore.cli.context import Context
+from dedupstore.cli.guard import run_guarded
+from dedupstore.errors import DedupError
+from dedupstore.location import default_store
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="The store. Default: $DEDUPSTORE, else /var/lib/dedupstore for root, else "
+    "$XDG_DATA_HOME/dedupstore.",
+)
+@click.version_option(__version__, prog_name="dedupstore")
+@click.pass_context
+def cli(context: click.Context, store: Path | None) -> None:
+    """Deduplicating store for disk images, served as block devices that share one cache."""
+    context.obj = Context((store or default_store(os.environ, os.getuid())).absolute())
+
+
+for _command in (*images.COMMANDS, *maintenance.COMMANDS, *serving.COMMANDS):
+    cli.add_command(_command)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """Run a command; every expected failure becomes one line on standard error."""
+    try:
+        result: Any = cli.main(arguments, prog_name="dedupstore", standalone_mode=False)
+    except click.exceptions.Abort:
+        return _failed("interrupted; nothing was finished (run 'dedupstore gc')", 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted; nothing was finished (run 'dedupstore gc')", 1)
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _failed(error.format_message(), error.exit_code)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except DedupError as error:
+        return _failed(str(error), error.exit_status)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, status: int) -> int:
+    click.echo(f"dedupstore: {message}", err=True)
+    return status
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `dedupstore` program."""
+    sys.exit(run_guarded(lambda: _run(arguments)))
+

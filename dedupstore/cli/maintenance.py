@@ -1,0 +1,96 @@
+"""Commands about the store as a whole: gc, check, stats."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from dedupstore.check import Checked, Finding, check_store
+from dedupstore.cli.context import Context, pass_context
+from dedupstore.cli.output import (
+    human_bytes,
+    json_option,
+    print_json,
+    print_pairs,
+    progress_to,
+)
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only report what would be reclaimed.")
+@json_option
+@pass_context
+def gc(context: Context, dry_run: bool, as_json: bool) -> None:
+    """Reclaim what no image needs. Safe while images are served and imported."""
+    with context.open() as store, progress_to("gc", "frames") as on_progress:
+        collected = store.collect_garbage(dry_run=dry_run, on_progress=on_progress)
+    if as_json:
+        print_json(collected)
+        return
+    verb = "would reclaim" if dry_run else "reclaimed"
+    click.echo(
+        f"{verb} {human_bytes(collected.bytes)}: {collected.chunks} chunks, "
+        f"{collected.manifests} manifests, {collected.drafts} drafts of dead imports"
+    )
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@json_option
+@pass_context
+def check(context: Context, repair: bool, as_json: bool) -> int:
+    """Verify the whole store: every page, chunk, manifest and name. Exits 1 on damage."""
+    with progress_to("check", "frames") as on_progress:
+        checked = check_store(context.path, repair=repair, on_progress=on_progress)
+    if as_json:
+        print_json({**asdict(checked), "intact": checked.intact})
+    else:
+        _show(checked)
+    return 0 if checked.intact else 1
+
+
+def _show(checked: Checked) -> None:
+    for finding in checked.findings:
+        click.echo(_line(finding))
+    click.echo(
+        f"{checked.images} images, {checked.chunks} chunks ({human_bytes(checked.bytes)}) verified: "
+        + ("intact" if not checked.findings else f"{len(checked.findings)} findings")
+        + (", all mended" if checked.findings and checked.intact else "")
+    )
+
+
+def _line(finding: Finding) -> str:
+    where = finding.what
+    if finding.image is not None:
+        where = f"image {finding.image!r}"
+        if finding.offset is not None:
+            where += f" offset {finding.offset}"
+    chunk = f" chunk {finding.chunk}:" if finding.chunk else ""
+    return f"{where}:{chunk} {finding.reason}" + (" (mended)" if finding.mended else "")
+
+
+@click.command()
+@json_option
+@pass_context
+def stats(context: Context, as_json: bool) -> None:
+    """Show what the store holds and what sharing saves."""
+    with context.open() as store:
+        found = store.stats()
+    if as_json:
+        print_json(found)
+        return
+    print_pairs(
+        {
+            "images": str(found.images),
+            "logical": human_bytes(found.logical_bytes),
+            "unique": f"{human_bytes(found.unique_bytes)} (dedup {found.dedup_ratio:.2f} x)",
+            "stored": f"{human_bytes(found.stored_bytes)} "
+            f"(compression {found.compression_ratio:.2f} x)",
+            "file": human_bytes(found.file_bytes),
+            "chunks": str(found.chunks),
+        }
+    )
+
+
+COMMANDS = (gc, check, stats)

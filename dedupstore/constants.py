@@ -1,0 +1,59 @@
+"""Limits and fixed parameters, each with its unit and its reason. Owns numbers only.
+
+A value marked *format* is part of what a store or a digest means and changes only with the format
+version (docs/format.md); the others may be tuned freely.
+"""
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+# The grid every cut lies on: the block size of EROFS and the page size of the kernel's cache.
+GRID_BYTES = 4 * KIB
+
+# Longest chunk. 64 KiB and 256 KiB were measured beside it (docs/decisions/0002-frames.md): below,
+# the index grows for 0.4 % of deduplication; above, changed files cost more.
+CHUNK_BYTES_MAX = 128 * KIB
+
+# Raw bytes that are compressed together. Larger frames compress better and waste less of LMDB's
+# page rounding; a cold 4 KiB read pays for the whole frame (docs/decisions/0002-frames.md).
+FRAME_BYTES_MAX = 256 * KIB
+
+# Content-defined cuts of images that are not EROFS: shortest chunk, and the mask over a block's
+# hash that ends one. On average a cut every 1 / 8 blocks beyond the shortest.
+CDC_BYTES_MIN = 16 * KIB
+CDC_MASK = 0x7
+
+# Slots in a frame. A reference keeps 16 bits for the slot (format); the tighter bound keeps a
+# frame's slot table on the first of its LMDB pages.
+FRAME_SLOTS_MAX = 96
+
+# zstd level. 3 costs a quarter of 6's time for 6 % more space on the measured corpus.
+ZSTD_LEVEL = 3
+
+# Compression pays when it saves at least one part in this many.
+COMPRESSION_GAIN_MIN = 16
+
+# Address space reserved for the store's map. Sparse: it costs neither disk nor memory, and a store
+# that never has to grow its map never disturbs the processes that have it open.
+MAP_BYTES = 4 * TIB
+
+# Concurrent read transactions over all processes. One is held per chunk being loaded, not per client.
+LMDB_READERS_MAX = 1024
+
+# Longest image name in bytes of UTF-8. LMDB keys end at 511; NBD export names at 4096.
+IMAGE_NAME_BYTES_MAX = 255
+
+# Image bytes that one unit of import work reads and hashes.
+SEGMENT_BYTES = 4 * MIB
+
+# Compressed bytes per write transaction of an import: large enough that its fsync is noise, small
+# enough that other writers wait for fractions of a second.
+BATCH_BYTES = 48 * MIB
+
+# Raw bytes that one write transaction of gc decompresses and compresses again.
+GC_REWRITE_BYTES = 16 * MIB
+
+# Frames that one write transaction of gc deletes.
+GC_DELETE_FRAMES = 4096

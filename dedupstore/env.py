@@ -1,0 +1,177 @@
+"""The one place that opens LMDB and that knows LMDB's rules and errors.
+
+Owns the environment, its named databases and the translation of LMDB's errors into the project's.
+LMDB's rules that the rest of the code relies on this module to keep: a path is opened once per
+process (opening it twice breaks its locks), never across a fork, and buffers die with their
+transaction. Thread-safe once opened: any thread may begin a transaction; one writer runs at a time
+over all processes, readers never block and are never blocked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+
+from dedupstore.constants import LMDB_READERS_MAX, MAP_BYTES
+from dedupstore.errors import (
+    DedupError,
+    StoreAccessError,
+    StoreDamagedError,
+    StoreFullError,
+    StoreNotFoundError,
+    StoreVersionError,
+)
+from dedupstore.pages import verify_header
+
+DATA_FILE = "data.mdb"
+DATABASES = ("meta", "frames", "chunks", "manifests", "images", "drafts")
+
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.PanicError,
+    lmdb.BadTxnError,
+    lmdb.CursorFullError,
+    lmdb.IncompatibleError,
+    lmdb.BadDbiError,
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_open_paths: set[Path] = set()
+_open_paths_lock = threading.Lock()
+
+
+def _translate(error: Exception, path: Path) -> DedupError:
+    """The project's error for one of LMDB's or the operating system's."""
+    if isinstance(error, lmdb.MapFullError):
+        return StoreFullError(f"{path}: the store's map of {MAP_BYTES >> 40} TiB is full")
+    if isinstance(error, lmdb.VersionMismatchError):
+        return StoreVersionError(f"{path}: written by another version of LMDB")
+    if isinstance(error, lmdb.ReadersFullError):
+        return StoreAccessError(f"{path}: more than {LMDB_READERS_MAX} concurrent readers")
+    if isinstance(error, _DAMAGE):
+        return StoreDamagedError(f"{path}: damaged ({error}); run 'dedupstore check'")
+    code = error.errno if isinstance(error, OSError) else error.args[-1]
+    text = str(error)
+    if any(code == c or os.strerror(c) in text for c in _FULL):
+        return StoreFullError(f"{path}: no space left; nothing was changed (free space and retry)")
+    if isinstance(error, lmdb.ReadonlyError):
+        return StoreAccessError(f"{path}: not writable")
+    return StoreAccessError(f"{path}: {text}")
+
+
+class Environment:
+    """An open LMDB environment with the store's databases as attributes.
+
+    Not to be used across a fork, and opened at most once per process and path.
+    """
+
+    def __init__(self, directory: Path, *, create: bool = False) -> None:
+        """Open `directory`. Raises the StoreNotFound/Access/Damaged/VersionError that fits."""
+        self.path = directory / DATA_FILE
+        self._key = self.path.resolve()
+        if not create:
+            _require_file(self.path)
+            verify_header(self.path)
+        with _open_paths_lock:
+            if self._key in _open_paths:
+                raise StoreAccessError(f"{directory}: already open in this process")
+            _open_paths.add(self._key)
+        try:
+            self._open(directory, create=create)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _open(self, directory: Path, *, create: bool) -> None:
+        with self._errors():
+            self._lmdb = lmdb.open(
+                os.fspath(directory),
+                map_size=MAP_BYTES,
+                max_dbs=len(DATABASES),
+                max_readers=LMDB_READERS_MAX,
+                mode=0o600,
+                create=create,
+                # Frames are read at random and are larger than a page: the kernel's readahead
+                # around a fault still brings the frame, LMDB's advice decides about the rest.
+                readahead=True,
+                meminit=False,
+                max_spare_txns=16,
+            )
+            try:
+                self._lmdb.reader_check()
+                handles = [
+                    self._lmdb.open_db(name.encode(), create=create) for name in DATABASES
+                ]
+            except lmdb.NotFoundError:
+                self._lmdb.close()
+                raise StoreDamagedError(f"{self.path}: not a dedupstore store") from None
+            except BaseException:
+                self._lmdb.close()
+                raise
+        self.meta, self.frames, self.chunks, self.manifests, self.images, self.drafts = handles
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (lmdb.Error, OSError) as error:
+            raise _translate(error, self.path) from error
+
+    @contextmanager
+    def read(self) -> Iterator[lmdb.Transaction]:
+        """A snapshot. Buffers read from it die with it. Keep it short: pages that it can see are
+        not reused, so a long one makes the file grow."""
+        with self._errors(), self._lmdb.begin(buffers=True) as txn:
+            yield txn
+
+    @contextmanager
+    def write(self) -> Iterator[lmdb.Transaction]:
+        """The write transaction: durable when the block ends, rolled back when it raises."""
+        with self._errors(), self._lmdb.begin(write=True, buffers=True) as txn:
+            yield txn
+
+    def entries(self, txn: lmdb.Transaction, database: object) -> int:
+        """Number of keys in a database."""
+        return int(txn.stat(database)["entries"])
+
+    @property
+    def raw(self) -> lmdb.Environment:
+        """LMDB's own handle, for the hot path; errors reach the caller untranslated."""
+        return self._lmdb
+
+    def translate(self, error: Exception) -> DedupError:
+        """The project's error for one that came through `raw`."""
+        return _translate(error, self.path)
+
+    def file_bytes(self) -> int:
+        """Bytes that the data file occupies on disk."""
+        return self.path.stat().st_blocks * 512
+
+    def close(self) -> None:
+        """Close; no transaction may be running. Idempotent."""
+        self._lmdb.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        with _open_paths_lock:
+            _open_paths.discard(self._key)
+
+
+def _require_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFoundError(path.parent) from None
+    except OSError as error:
+        raise StoreAccessError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise StoreNotFoundError(path.parent, "data.mdb is not a file")

@@ -1,0 +1,529 @@
+"""Records <-> bytes: the byte tables of docs/format.md, and nothing else.
+
+Pure functions over bytes; no I/O, no LMDB, no policy. Every decoder verifies the record's guard
+first and raises StoreDamagedError (ChunkDamagedError for frames) for anything that does not hold,
+whatever the bytes are. Thread-safe.
+
+All integers are little-endian, except in keys, where big-endian keeps LMDB's order numeric.
+A *guard* is XXH3-64 over the rest of the record, seeded so that a record found under another key
+does not pass. It detects damage; identity is BLAKE3-256's alone.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from operator import sub
+
+import zstandard
+from blake3 import blake3
+from xxhash import xxh3_64_intdigest
+
+from dedupstore.errors import ChunkDamagedError, StoreDamagedError, StoreVersionError
+
+FORMAT_VERSION = 1
+
+# Feature flags, after composefs and ext4: a release refuses a store with an incompatible flag it
+# does not know, only reads one with a read-only-compatible flag, and ignores compatible flags.
+FEATURES_INCOMPAT_KNOWN = 0
+FEATURES_READONLY_COMPAT_KNOWN = 0
+
+DIGEST_BYTES = 32
+ZERO_DIGEST = bytes(DIGEST_BYTES)
+
+CODEC_RAW = 0
+CODEC_ZSTD = 1
+
+SLOT_PRESENT = 0
+SLOT_ABSENT = 1
+SLOT_DROPPED = 2
+NOT_HERE = 1 << 60
+_SLOT_STATE_SHIFT = 30
+_SLOT_LENGTH_MASK = (1 << _SLOT_STATE_SHIFT) - 1
+
+REF_SLOT_BITS = 16
+REF_SLOT_MASK = (1 << REF_SLOT_BITS) - 1
+REF_HOLE = 0
+
+_GUARD = struct.Struct("<Q")
+_SUPER = struct.Struct("<8sHHIII16sQ")
+_TOTALS = struct.Struct("<QQQQQ")
+_FRAME = struct.Struct("<QBBHI")
+_SLOT = struct.Struct("<32sI")
+_INDEX = struct.Struct("<QI")
+_IMAGE = struct.Struct("<32sQQB")
+_MANIFEST = struct.Struct("<QHHIQQQQ")
+_FRAME_KEY = struct.Struct(">Q")
+_DRAFT_KEY = struct.Struct(">16sI")
+
+assert _SUPER.size == 48
+assert _TOTALS.size == 40
+assert _FRAME.size == 16
+assert _SLOT.size == 36
+assert _INDEX.size == 12
+assert _IMAGE.size == 49
+assert _MANIFEST.size == 48
+assert array("Q").itemsize == 8
+assert sys.byteorder == "little"  # arrays are written as they are in memory
+
+SUPER_MAGIC = b"dedupSTR"
+MANIFEST_VERSION = 1
+IMAGE_DIGEST_CONTEXT = "dedupstore 2026-11 image digest 1"
+
+# A frame cannot honestly claim more than this: bounds what a damaged or hostile record makes a
+# decoder allocate.
+FRAME_RAW_BYTES_LIMIT = 16 << 20
+MANIFEST_RAW_BYTES_LIMIT = 1 << 32
+
+
+def _guarded(body: bytes, seed: int = 0) -> bytes:
+    return _GUARD.pack(xxh3_64_intdigest(body, seed)) + body
+
+
+def _unguarded(record: bytes | memoryview, what: str, seed: int = 0) -> memoryview:
+    view = memoryview(record)
+    if len(view) < _GUARD.size:
+        raise StoreDamagedError(f"{what} record has only {len(view)} bytes")
+    body = view[_GUARD.size :]
+    if _GUARD.unpack_from(view)[0] != xxh3_64_intdigest(body, seed):
+        raise StoreDamagedError(f"{what} record fails its checksum")
+    return body
+
+
+def _unpack(layout: struct.Struct, body: memoryview, what: str) -> tuple[object, ...]:
+    if len(body) < layout.size:
+        raise StoreDamagedError(f"{what} record has {len(body)} bytes, needs {layout.size}")
+    return layout.unpack_from(body)
+
+
+# --- superblock and totals -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What a store is: version, feature flags, identity. Key `superblock` of database `meta`."""
+
+    uuid: bytes
+    created_ns: int
+    version: int = FORMAT_VERSION
+    features_compat: int = 0
+    features_readonly_compat: int = 0
+    features_incompat: int = 0
+
+
+def encode_superblock(sb: Superblock) -> bytes:
+    """Return the record, guard included."""
+    body = _SUPER.pack(
+        SUPER_MAGIC,
+        sb.version,
+        0,
+        sb.features_compat,
+        sb.features_readonly_compat,
+        sb.features_incompat,
+        sb.uuid,
+        sb.created_ns,
+    )
+    return _guarded(body)
+
+
+def decode_superblock(record: bytes | memoryview) -> Superblock:
+    """Return the superblock; the caller decides with `check_superblock` whether it may go on."""
+    body = _unguarded(record, "superblock")
+    magic, version, _, compat, readonly_compat, incompat, uuid, created = _unpack(
+        _SUPER, body, "superblock"
+    )
+    if magic != SUPER_MAGIC:
+        raise StoreDamagedError("superblock has no dedupstore magic")
+    return Superblock(uuid, created, version, compat, readonly_compat, incompat)  # type: ignore[arg-type]
+
+
+def check_superblock(sb: Superblock, where: str) -> None:
+    """Raise StoreVersionError unless this release may read and write the store."""
+    if sb.version > FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{where}: store has format version {sb.version}, this release knows up to "
+            f"{FORMAT_VERSION} (use a newer dedupstore)"
+        )
+    unknown = (sb.features_incompat & ~FEATURES_INCOMPAT_KNOWN) | (
+        sb.features_readonly_compat & ~FEATURES_READONLY_COMPAT_KNOWN
+    )
+    if unknown:
+        raise StoreVersionError(
+            f"{where}: store uses features {unknown:#x} that this release does not know "
+            "(use a newer dedupstore)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Running sums over `frames` and the next frame number. Key `totals` of database `meta`.
+
+    `frame_next` only grows: a number is never used twice, so that a server which still caches a
+    reclaimed frame can never mistake a new one for it.
+    """
+
+    frame_next: int = 1
+    frames: int = 0
+    chunks: int = 0
+    unique_bytes: int = 0
+    stored_bytes: int = 0
+
+
+def encode_totals(totals: Totals) -> bytes:
+    """Return the record, guard included."""
+    return _guarded(
+        _TOTALS.pack(
+            totals.frame_next,
+            totals.frames,
+            totals.chunks,
+            totals.unique_bytes,
+            totals.stored_bytes,
+        )
+    )
+
+
+def decode_totals(record: bytes | memoryview) -> Totals:
+    """Return the totals."""
+    return Totals(*_unpack(_TOTALS, _unguarded(record, "totals"), "totals"))  # type: ignore[arg-type]
+
+
+# --- references and keys ---------------------------------------------------------------------
+
+
+def frame_key(frame: int) -> bytes:
+    """Key of a frame in database `frames`."""
+    return _FRAME_KEY.pack(frame)
+
+
+def decode_frame_key(key: bytes | memoryview) -> int:
+    """Frame number of a key of database `frames`."""
+    if len(key) != _FRAME_KEY.size:
+        raise StoreDamagedError(f"frame key has {len(key)} bytes")
+    return int(_FRAME_KEY.unpack(key)[0])
+
+
+def make_ref(frame: int, slot: int) -> int:
+    """Reference to a chunk: frame number and the chunk's place in it. 0 stands for a hole."""
+    return frame << REF_SLOT_BITS | slot
+
+
+def encode_index(digest: bytes, ref: int) -> bytes:
+    """Value of database `chunks` for a digest: the reference and a guard over both."""
+    return _INDEX.pack(ref, xxh3_64_intdigest(digest, ref) & 0xFFFFFFFF)
+
+
+def decode_index(digest: bytes, value: bytes | memoryview) -> int:
+    """Reference of a digest. The guard keeps a flipped bit from aliasing two chunks."""
+    if len(value) != _INDEX.size:
+        raise StoreDamagedError(f"index entry of chunk {bytes(digest).hex()[:16]} is malformed")
+    ref, guard = _INDEX.unpack(value)
+    if guard != xxh3_64_intdigest(digest, ref) & 0xFFFFFFFF:
+        raise StoreDamagedError(
+            f"index entry of chunk {bytes(digest).hex()[:16]} fails its checksum"
+        )
+    return int(ref)
+
+
+# --- frames ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One chunk of a frame: its digest, its length in bytes and whether its bytes are here."""
+
+    digest: bytes
+    length: int
+    state: int = SLOT_PRESENT
+
+
+DROPPED = Slot(ZERO_DIGEST, 0, SLOT_DROPPED)
+
+
+def encode_frame(
+    slots: Sequence[Slot], raw: bytes, compressor: zstandard.ZstdCompressor, gain_min: int
+) -> bytearray:
+    """Return the record of a frame, its guard still zero (see `seal_frame`).
+
+    `raw` is the present slots' bytes in slot order. It is stored compressed when that saves at
+    least one part in `gain_min`.
+    """
+    compressed = compressor.compress(raw)
+    if len(compressed) <= len(raw) - len(raw) // gain_min:
+        codec, payload = CODEC_ZSTD, compressed
+    else:
+        codec, payload = CODEC_RAW, raw
+    record = bytearray(_FRAME.pack(0, codec, 0, len(slots), len(raw)))
+    for slot in slots:
+        record += _SLOT.pack(slot.digest, slot.length | slot.state << _SLOT_STATE_SHIFT)
+    record += payload
+    return record
+
+
+def seal_frame(record: bytearray, frame: int) -> None:
+    """Write the guard of a record that will be stored under frame number `frame`."""
+    with memoryview(record) as view:
+        _GUARD.pack_into(record, 0, xxh3_64_intdigest(view[_GUARD.size :], frame))
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """A frame without its payload. `payload_at` is the payload's offset in the record, bytes."""
+
+    codec: int
+    raw_bytes: int
+    slots: tuple[Slot, ...]
+    payload_at: int
+
+
+def decode_frame_header(record: memoryview, frame: int) -> FrameHeader:
+    """Parse the header without verifying the guard: for accounting, never for serving bytes."""
+    if len(record) < _FRAME.size:
+        raise ChunkDamagedError(frame, f"record has only {len(record)} bytes")
+    _, codec, _, count, raw_bytes = _FRAME.unpack_from(record)
+    payload_at = _FRAME.size + count * _SLOT.size
+    if len(record) < payload_at or codec > CODEC_ZSTD or raw_bytes > FRAME_RAW_BYTES_LIMIT:
+        raise ChunkDamagedError(frame, "header is malformed")
+    slots = tuple(
+        Slot(digest, packed & _SLOT_LENGTH_MASK, packed >> _SLOT_STATE_SHIFT)
+        for digest, packed in _SLOT.iter_unpack(record[_FRAME.size : payload_at])
+    )
+    return FrameHeader(codec, raw_bytes, slots, payload_at)
+
+
+def verify_frame(record: memoryview, frame: int) -> None:
+    """Raise ChunkDamagedError unless the guard holds. Releases the GIL for all but tiny records."""
+    if len(record) < _FRAME.size:
+        raise ChunkDamagedError(frame, f"record has only {len(record)} bytes")
+    if _GUARD.unpack_from(record)[0] != xxh3_64_intdigest(record[_GUARD.size :], frame):
+        raise ChunkDamagedError(frame, "stored bytes fail their checksum")
+
+
+def decode_frame_offsets(record: memoryview, frame: int) -> tuple[int, ...]:
+    """Each slot's offset in a verified record's raw bytes, and the end.
+
+    A slot whose bytes are not here gets NOT_HERE, so that a slice taken there comes out empty and
+    a reader needs no check of its own.
+    """
+    _, _, _, count, _ = _FRAME.unpack_from(record)
+    end = _FRAME.size + count * _SLOT.size
+    if end > len(record):
+        raise ChunkDamagedError(frame, "header is malformed")
+    offsets: list[int] = []
+    position = 0
+    for _, packed in _SLOT.iter_unpack(record[_FRAME.size : end]):
+        if packed >> _SLOT_STATE_SHIFT:
+            offsets.append(NOT_HERE)
+        else:
+            offsets.append(position)
+            position += packed
+    offsets.append(position)
+    return tuple(offsets)
+
+
+def decode_frame_payload(
+    record: memoryview, frame: int, decompressor: zstandard.ZstdDecompressor
+) -> bytes:
+    """Raw bytes of a verified record: the present slots' contents, one behind the other."""
+    _, codec, _, count, raw_bytes = _FRAME.unpack_from(record)
+    payload = record[_FRAME.size + count * _SLOT.size :]
+    if raw_bytes > FRAME_RAW_BYTES_LIMIT:
+        raise ChunkDamagedError(frame, f"claims {raw_bytes} bytes")
+    if codec == CODEC_RAW:
+        raw = bytes(payload)
+    elif codec == CODEC_ZSTD:
+        try:
+            if zstandard.frame_content_size(payload) != raw_bytes:
+                raise ChunkDamagedError(frame, "compressed and recorded length differ")
+            raw = decompressor.decompress(payload)
+        except zstandard.ZstdError as error:
+            raise ChunkDamagedError(frame, f"does not decompress: {error}") from None
+    else:
+        raise ChunkDamagedError(frame, f"unknown codec {codec}")
+    if len(raw) != raw_bytes:
+        raise ChunkDamagedError(frame, f"has {len(raw)} bytes instead of {raw_bytes}")
+    return raw
+
+
+# --- manifests -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRecord:
+    """An image as stored: counters and three columns with one entry per run.
+
+    A run is `lengths[i]` bytes of the image, held by `counts[i]` consecutive slots from `refs[i]`
+    on; a hole has reference and count 0. `chunks` counts chunks with repetition, `unique_bytes`
+    the bytes of distinct chunks, `zero_bytes` the bytes in holes.
+    """
+
+    size: int
+    chunks: int
+    unique_bytes: int
+    zero_bytes: int
+    lengths: array[int]
+    refs: array[int]
+    counts: array[int]
+
+
+def _delta(values: array[int]) -> bytes:
+    """Signed differences: neighbouring references become runs of equal small numbers."""
+    return array("q", map(sub, values, chain((0,), values))).tobytes()
+
+
+def _undelta(raw: memoryview) -> array[int]:
+    return array("Q", accumulate(raw.cast("q")))
+
+
+def encode_manifest(manifest: ManifestRecord, digest: bytes) -> bytes:
+    """Return the record stored under `digest`."""
+    columns = manifest.lengths.tobytes() + _delta(manifest.refs) + manifest.counts.tobytes()
+    header = _MANIFEST.pack(
+        xxh3_64_intdigest(digest),
+        MANIFEST_VERSION,
+        0,
+        len(manifest.lengths),
+        manifest.size,
+        manifest.chunks,
+        manifest.unique_bytes,
+        manifest.zero_bytes,
+    )
+    return _guarded(header + zstandard.ZstdCompressor(level=3).compress(columns))
+
+
+def decode_manifest_summary(record: bytes | memoryview, digest: bytes) -> ManifestRecord:
+    """The counters alone, columns left empty; verified all the same."""
+    return _decode_manifest(record, digest, columns=False)
+
+
+def decode_manifest(record: bytes | memoryview, digest: bytes) -> ManifestRecord:
+    """Return the manifest; its columns agree with each other and with `size`."""
+    return _decode_manifest(record, digest, columns=True)
+
+
+def _decode_manifest(record: bytes | memoryview, digest: bytes, *, columns: bool) -> ManifestRecord:
+    what = f"manifest {digest.hex()[:16]}"
+    body = _unguarded(record, what)
+    tag, version, _, runs, size, chunks, unique_bytes, zero_bytes = _unpack(_MANIFEST, body, what)
+    if tag != xxh3_64_intdigest(digest):
+        raise StoreDamagedError(f"{what} is stored under another image's digest")
+    if version != MANIFEST_VERSION:
+        raise StoreVersionError(f"{what} has version {version} (use a newer dedupstore)")
+    empty = array("Q")
+    head = (size, chunks, unique_bytes, zero_bytes)
+    if not columns:
+        return ManifestRecord(*head, empty, empty, empty)  # type: ignore[arg-type]
+    raw = _decompress_columns(body[_MANIFEST.size :], int(runs) * 20, what)  # type: ignore[call-overload]
+    width = int(runs) * 8  # type: ignore[call-overload]
+    lengths, counts = array("Q"), array("I")
+    lengths.frombytes(raw[:width])
+    counts.frombytes(raw[2 * width :])
+    try:
+        refs = _undelta(raw[width : 2 * width])
+    except OverflowError:
+        raise StoreDamagedError(f"{what} has references out of range") from None
+    if sum(lengths) != size or 0 in lengths:
+        raise StoreDamagedError(f"{what} does not cover its image")
+    return ManifestRecord(*head, lengths, refs, counts)  # type: ignore[arg-type]
+
+
+def _decompress_columns(payload: memoryview, expected: int, what: str) -> memoryview:
+    try:
+        claimed = zstandard.frame_content_size(payload)
+        if claimed != expected or claimed > MANIFEST_RAW_BYTES_LIMIT:
+            raise StoreDamagedError(f"{what} has columns of the wrong length")
+        return memoryview(zstandard.ZstdDecompressor().decompress(payload))
+    except zstandard.ZstdError as error:
+        raise StoreDamagedError(f"{what} does not decompress: {error}") from None
+
+
+class ImageDigest:
+    """The digest of an image as a function of its chunks: BLAKE3 over (length, digest) pairs.
+
+    Feed the chunks in image order, holes with ZERO_DIGEST; neighbouring holes count as one, so
+    that the result does not depend on how a hole was found. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._hash = blake3(derive_key_context=IMAGE_DIGEST_CONTEXT)
+        self._hole = 0
+        self._size = 0
+
+    def add(self, length: int, digest: bytes) -> None:
+        """Append a chunk of `length` bytes."""
+        self._size += length
+        if digest == ZERO_DIGEST:
+            self._hole += length
+            return
+        self._flush_hole()
+        self._hash.update(length.to_bytes(8, "little") + digest)
+
+    def _flush_hole(self) -> None:
+        if self._hole:
+            self._hash.update(self._hole.to_bytes(8, "little") + ZERO_DIGEST)
+            self._hole = 0
+
+    def finish(self) -> bytes:
+        """The digest; nothing may be added afterwards."""
+        self._flush_hole()
+        self._hash.update(self._size.to_bytes(8, "little"))
+        return self._hash.digest()
+
+
+# --- images and drafts -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What a name stands for. `kind` is one of the KIND_ constants; `size` repeats the manifest's."""
+
+    digest: bytes
+    size: int
+    created_ns: int
+    kind: int
+
+
+KIND_RAW = 0
+KIND_EROFS = 1
+KIND_NAMES = {KIND_RAW: "raw", KIND_EROFS: "erofs"}
+
+
+def encode_image(image: ImageRecord, name: bytes) -> bytes:
+    """Value of database `images` for a name."""
+    body = _IMAGE.pack(image.digest, image.size, image.created_ns, image.kind)
+    return _guarded(body, xxh3_64_intdigest(name))
+
+
+def decode_image(record: bytes | memoryview, name: bytes) -> ImageRecord:
+    """Return the record of a name."""
+    what = f"image {name.decode(errors='replace')!r}"
+    body = _unguarded(record, what, xxh3_64_intdigest(name))
+    return ImageRecord(*_unpack(_IMAGE, body, what))  # type: ignore[arg-type]
+
+
+def draft_key(session: bytes, sequence: int) -> bytes:
+    """Key of database `drafts`: an import's session id (16 bytes) and the batch's number."""
+    return _DRAFT_KEY.pack(session, sequence)
+
+
+def draft_session(key: bytes | memoryview) -> bytes:
+    """Session id of a key of database `drafts`."""
+    return bytes(key[:16])
+
+
+def encode_draft(refs: Iterable[int]) -> bytes:
+    """Value of database `drafts`: the references that one batch of a running import relies on."""
+    return _guarded(array("Q", refs).tobytes())
+
+
+def decode_draft(record: bytes | memoryview) -> array[int]:
+    """References of a draft."""
+    body = _unguarded(record, "draft")
+    if len(body) % 8:
+        raise StoreDamagedError("draft record has a ragged length")
+    refs = array("Q")
+    refs.frombytes(body)
+    return refs

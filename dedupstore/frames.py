@@ -1,0 +1,253 @@
+"""Chunk bytes at rest: databases `frames` and `chunks` (docs/format.md, "Frames").
+
+Owns loading a frame with verification, and the writer's side: storing frames under fresh numbers,
+looking chunks up by digest, keeping the totals. It decides nothing about caching, roots or cuts.
+`FrameLoader` is thread-safe; the functions that take a write transaction run inside the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import lmdb
+import zstandard
+
+from dedupstore import format as fmt
+from dedupstore.constants import COMPRESSION_GAIN_MIN, FRAME_BYTES_MAX, ZSTD_LEVEL
+from dedupstore.env import Environment
+from dedupstore.errors import ChunkDamagedError, StoreDamagedError
+
+TOTALS_KEY = b"totals"
+
+
+class Codecs:
+    """zstd contexts, which are expensive to make and not thread-safe, handed out one by one.
+
+    Thread-safe: `list.pop` and `list.append` are atomic.
+    """
+
+    def __init__(self) -> None:
+        self._compressors: list[zstandard.ZstdCompressor] = []
+        self._decompressors: list[zstandard.ZstdDecompressor] = []
+
+    def encode(self, slots: Sequence[fmt.Slot], raw: bytes) -> bytearray:
+        """A frame's record, unsealed. Releases the GIL while it compresses."""
+        compressor = (
+            self._compressors.pop()
+            if self._compressors
+            else zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        )
+        record = fmt.encode_frame(slots, raw, compressor, COMPRESSION_GAIN_MIN)
+        self._compressors.append(compressor)
+        return record
+
+    def decode(self, record: memoryview, frame: int) -> bytes:
+        """Raw bytes of a verified record. Releases the GIL while it decompresses."""
+        decompressor = (
+            self._decompressors.pop() if self._decompressors else zstandard.ZstdDecompressor()
+        )
+        raw = fmt.decode_frame_payload(record, frame, decompressor)
+        self._decompressors.append(decompressor)
+        return raw
+
+
+class FrameLoader:
+    """Loads frames for a cache. Counts what it loads; counts are exact (see `_count`)."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self._codecs = Codecs()
+        self.frames_loaded = 0
+        self.chunks_loaded = 0
+
+    def load(self, frame: int) -> tuple[bytes, tuple[int, ...]]:
+        """Raw bytes and slot offsets of a frame.
+
+        Raises ChunkDamagedError when the frame is missing, fails its checksum or does not
+        decompress, and the translated error when LMDB fails.
+        """
+        env = self._env
+        try:
+            # The record is checked and decompressed where LMDB mapped it, inside the snapshot.
+            with env.raw.begin(buffers=True) as txn:
+                record = txn.get(fmt.frame_key(frame), db=env.frames)
+                if record is None:
+                    raise ChunkDamagedError(frame, "is missing from the store")
+                fmt.verify_frame(record, frame)
+                offsets = fmt.decode_frame_offsets(record, frame)
+                raw = self._codecs.decode(record, frame)
+        except lmdb.Error as error:
+            raise env.translate(error) from error
+        self._count(len(offsets) - 1)
+        return raw, offsets
+
+    def _count(self, chunks: int) -> None:
+        # Exact without a lock: CPython (3.11 to 3.13) hands the GIL over at calls and backward
+        # jumps only, and there is none between the load and the store of `+=`.
+        self.frames_loaded += 1
+        self.chunks_loaded += chunks
+
+
+def read_totals(txn: lmdb.Transaction, env: Environment) -> fmt.Totals:
+    """The running sums as of this snapshot."""
+    record = txn.get(TOTALS_KEY, db=env.meta)
+    if record is None:
+        raise StoreDamagedError(f"{env.path}: totals are missing (run 'dedupstore check --repair')")
+    return fmt.decode_totals(record)
+
+
+def write_totals(txn: lmdb.Transaction, env: Environment, totals: fmt.Totals) -> None:
+    """Replace the running sums."""
+    txn.put(TOTALS_KEY, fmt.encode_totals(totals), db=env.meta)
+
+
+def find_chunk(txn: lmdb.Transaction, env: Environment, digest: bytes) -> int | None:
+    """Reference of the stored chunk with this digest, or None."""
+    value = txn.get(digest, db=env.chunks)
+    return None if value is None else fmt.decode_index(digest, value)
+
+
+@dataclass(frozen=True, slots=True)
+class NewFrame:
+    """A frame ready to be stored: its slots, raw length in bytes and unsealed record."""
+
+    slots: tuple[fmt.Slot, ...]
+    raw_bytes: int
+    record: bytearray
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What `FrameWriter.retain` did: chunks removed, record bytes given back, whole frame gone."""
+
+    chunks: int
+    bytes: int
+    removed: bool
+
+
+class FrameWriter:
+    """Stores and removes frames inside one write transaction, keeping index and totals in step.
+
+    `close` writes the totals; a transaction that is rolled back needs no `close`.
+    """
+
+    def __init__(self, txn: lmdb.Transaction, env: Environment) -> None:
+        self._txn = txn
+        self._env = env
+        self._totals = read_totals(txn, env)
+
+    def store(self, new: NewFrame) -> int:
+        """Store a frame whose digests are not in the index; return its number."""
+        totals = self._totals
+        frame = totals.frame_next
+        fmt.seal_frame(new.record, frame)
+        self._txn.put(fmt.frame_key(frame), new.record, db=self._env.frames, append=True)
+        for slot, entry in enumerate(new.slots):
+            value = fmt.encode_index(entry.digest, fmt.make_ref(frame, slot))
+            self._txn.put(entry.digest, value, db=self._env.chunks)
+        self._totals = replace(
+            totals,
+            frame_next=frame + 1,
+            frames=totals.frames + 1,
+            chunks=totals.chunks + len(new.slots),
+            unique_bytes=totals.unique_bytes + new.raw_bytes,
+            stored_bytes=totals.stored_bytes + len(new.record),
+        )
+        return frame
+
+    def retain(self, frame: int, live: int, codecs: Codecs) -> Dropped:
+        """Remove a frame's chunks except those in the bit mask `live`, and the frame with the last.
+
+        The remaining chunks keep their slots, so every reference to them stays valid. Slots that
+        are not present are passed over: their chunks may have been stored again elsewhere.
+        """
+        key = fmt.frame_key(frame)
+        record = self._txn.get(key, db=self._env.frames)
+        if record is None:
+            return Dropped(0, 0, removed=False)
+        header = fmt.decode_frame_header(record, frame)
+        dead = {slot for slot in range(len(header.slots)) if not live >> slot & 1}
+        gone = {slot for slot in dead if header.slots[slot].state == fmt.SLOT_PRESENT}
+        kept = len(dead) < len(header.slots)
+        if kept and not gone:
+            return Dropped(0, 0, removed=False)
+        before, after, raw_after = len(record), 0, 0
+        fresh = None
+        if kept:
+            fresh, raw_after = _without(record, header, frame, dead, codecs)
+            after = len(fresh)
+        # `record` lies in the map and is not valid after the first change below.
+        for slot in gone:
+            self._txn.delete(header.slots[slot].digest, db=self._env.chunks)
+        if fresh is None:
+            self._txn.delete(key, db=self._env.frames)
+        else:
+            self._txn.put(key, fresh, db=self._env.frames)
+        totals = self._totals
+        self._totals = replace(
+            totals,
+            frames=totals.frames - (not kept),
+            chunks=totals.chunks - len(gone),
+            unique_bytes=totals.unique_bytes - header.raw_bytes + raw_after,
+            stored_bytes=totals.stored_bytes - before + after,
+        )
+        return Dropped(len(gone), before - after, removed=not kept)
+
+    def close(self) -> None:
+        """Write the totals; the last step before the transaction commits."""
+        write_totals(self._txn, self._env, self._totals)
+
+
+def _without(
+    record: memoryview, header: fmt.FrameHeader, frame: int, gone: set[int], codecs: Codecs
+) -> tuple[bytearray, int]:
+    """A sealed record without the chunks in `gone`, and its raw length."""
+    fmt.verify_frame(record, frame)
+    raw = codecs.decode(record, frame)
+    offsets = fmt.decode_frame_offsets(record, frame)
+    slots = [fmt.DROPPED if i in gone else slot for i, slot in enumerate(header.slots)]
+    kept = b"".join(
+        raw[offsets[i] : offsets[i] + slot.length]
+        for i, slot in enumerate(slots)
+        if slot.state == fmt.SLOT_PRESENT
+    )
+    fresh = codecs.encode(slots, kept)
+    fmt.seal_frame(fresh, frame)
+    return fresh, len(kept)
+
+
+class FrameBuilder:
+    """Collects chunks until a frame is full. Not thread-safe."""
+
+    def __init__(self, slots_max: int) -> None:
+        self._slots_max = slots_max
+        self._slots: list[fmt.Slot] = []
+        self._parts: list[bytes] = []
+        self._bytes = 0
+
+    def fits(self, length: int) -> bool:
+        """Whether another chunk of `length` bytes still belongs into this frame."""
+        return len(self._slots) < self._slots_max and self._bytes + length <= FRAME_BYTES_MAX
+
+    def add(self, digest: bytes, data: bytes) -> int:
+        """Append a chunk; return its slot."""
+        self._slots.append(fmt.Slot(digest, len(data)))
+        self._parts.append(data)
+        self._bytes += len(data)
+        return len(self._slots) - 1
+
+    def __bool__(self) -> bool:
+        return bool(self._slots)
+
+    def take(self) -> tuple[tuple[fmt.Slot, ...], list[bytes]]:
+        """The collected slots and their bytes; the builder is empty afterwards."""
+        taken = tuple(self._slots), self._parts
+        self._slots, self._parts, self._bytes = [], [], 0
+        return taken
+
+
+def encode_new(codecs: Codecs, slots: tuple[fmt.Slot, ...], parts: list[bytes]) -> NewFrame:
+    """Compress collected chunks into a frame ready for `FrameWriter.store`."""
+    raw = b"".join(parts)
+    return NewFrame(slots, len(raw), codecs.encode(slots, raw))

@@ -1,0 +1,227 @@
+"""Garbage collection: reclaims what no name, no open export and no running import needs.
+
+Mark and sweep over packed references. Marking reads a snapshot and blocks nobody. Sweeping runs in
+write transactions of bounded length; each of them first marks whatever became a root since (all
+roots are committed in write transactions or held as leases, so none can be missed) and then deletes.
+Returns typed results, prints nothing. One gc at a time is useful; several at once are safe.
+
+Partly needed frames are rewritten without their dead chunks; the others keep their slots, so no
+reference ever changes. docs/concurrency.md, "gc", has the interleavings.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import lmdb
+
+from dedupstore import catalog
+from dedupstore import format as fmt
+from dedupstore.constants import GC_DELETE_FRAMES, GC_REWRITE_BYTES
+from dedupstore.env import Environment
+from dedupstore.frames import Codecs, FrameWriter
+from dedupstore.leases import Reclaim, image_byte, session_byte
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a gc reclaimed, or with `dry_run` would reclaim. `bytes` are stored bytes, which the
+    next writes use again; a dry run estimates them for partly needed frames."""
+
+    manifests: int
+    drafts: int
+    chunks: int
+    frames_removed: int
+    frames_rewritten: int
+    bytes: int
+    dry_run: bool
+
+
+class _Marks:
+    """Which chunks are needed: frame number -> bit mask of slots."""
+
+    def __init__(self) -> None:
+        self.live: defaultdict[int, int] = defaultdict(int)
+        self.manifests: set[bytes] = set()
+        self.drafts: set[bytes] = set()
+
+    def add_refs(self, refs: Iterable[int]) -> None:
+        live = self.live
+        for ref in refs:
+            live[ref >> fmt.REF_SLOT_BITS] |= 1 << (ref & fmt.REF_SLOT_MASK)
+
+    def add_manifest(self, manifest: fmt.ManifestRecord) -> None:
+        live = self.live
+        for ref, count in zip(manifest.refs, manifest.counts, strict=True):
+            if ref:
+                live[ref >> fmt.REF_SLOT_BITS] |= ((1 << count) - 1) << (ref & fmt.REF_SLOT_MASK)
+
+
+class Collector:
+    """One garbage collection of one store. Not thread-safe."""
+
+    def __init__(self, env: Environment, store: Path) -> None:
+        self._env = env
+        self._store = store
+        self._marks = _Marks()
+        self._codecs = Codecs()
+        self._manifests = self._drafts = self._chunks = 0
+        self._removed = self._rewritten = self._bytes = 0
+
+    def run(
+        self, *, dry_run: bool = False, on_progress: Callable[[int, int], None] | None = None
+    ) -> Collected:
+        """Collect. `on_progress` gets (frames done, frames to do)."""
+        with self._env.read() as txn, Reclaim(self._store) as reclaim:
+            self._mark_roots(txn, reclaim)
+            stored = self._stored_slots(txn)
+        live = self._marks.live
+        dead = {
+            frame: mask
+            for frame, mask in stored.items()
+            if mask & ~live.get(frame, 0) or not (mask or live.get(frame, 0))
+        }
+        if dry_run:
+            self._estimate(dead)
+        else:
+            self._sweep(dead, on_progress or (lambda _done, _all: None))
+            self._sweep_files()
+        return Collected(
+            self._manifests,
+            self._drafts,
+            self._chunks,
+            self._removed,
+            self._rewritten,
+            self._bytes,
+            dry_run,
+        )
+
+    # --- mark ------------------------------------------------------------------------------------
+
+    def _mark_roots(self, txn: lmdb.Transaction, reclaim: Reclaim) -> tuple[list[bytes], list[bytes]]:
+        """Mark everything that is needed and not marked yet; return the manifests and draft keys
+        that nobody needs. Those are claimed: nobody can come to need them while `reclaim` lives.
+        """
+        env, marks = self._env, self._marks
+        named = {image.digest for _, image in catalog.list_images(txn, env)}
+        unneeded: list[bytes] = []
+        for key in txn.cursor(db=env.manifests).iternext(values=False):
+            digest = bytes(key)
+            if digest not in named and reclaim.claim(image_byte(digest)):
+                unneeded.append(digest)
+            elif digest not in marks.manifests:
+                marks.add_manifest(catalog.read_manifest(txn, env, digest))
+                marks.manifests.add(digest)
+        return unneeded, self._mark_drafts(txn, reclaim)
+
+    def _mark_drafts(self, txn: lmdb.Transaction, reclaim: Reclaim) -> list[bytes]:
+        marks = self._marks
+        abandoned: list[bytes] = []
+        for key, record in txn.cursor(db=self._env.drafts):
+            draft = bytes(key)
+            if reclaim.claim(session_byte(fmt.draft_session(draft))):
+                abandoned.append(draft)
+            elif draft not in marks.drafts:
+                marks.add_refs(fmt.decode_draft(record))
+                marks.drafts.add(draft)
+        return abandoned
+
+    def _stored_slots(self, txn: lmdb.Transaction) -> dict[int, int]:
+        """Frame number -> bit mask of the slots that the index knows; 0 when it knows none."""
+        keys = txn.cursor(db=self._env.frames).iternext(values=False)
+        stored = {fmt.decode_frame_key(key): 0 for key in keys}
+        for digest, value in txn.cursor(db=self._env.chunks):
+            ref = fmt.decode_index(bytes(digest), value)
+            frame = ref >> fmt.REF_SLOT_BITS
+            stored[frame] = stored.get(frame, 0) | 1 << (ref & fmt.REF_SLOT_MASK)
+        return stored
+
+    def _estimate(self, dead: dict[int, int]) -> None:
+        """Fill the counters for a dry run without changing anything."""
+        env = self._env
+        with env.read() as txn, Reclaim(self._store) as reclaim:
+            manifests, drafts = self._mark_roots(txn, reclaim)
+            self._manifests, self._drafts = len(manifests), len(drafts)
+            for frame, mask in dead.items():
+                record = txn.get(fmt.frame_key(frame), db=env.frames)
+                if record is None:
+                    continue
+                gone = (mask & ~self._marks.live.get(frame, 0)).bit_count()
+                self._chunks += gone
+                if gone == mask.bit_count():
+                    self._removed += 1
+                    self._bytes += len(record)
+                else:
+                    self._rewritten += 1
+                    self._bytes += self._dead_share(record, frame, mask)
+
+    def _dead_share(self, record: memoryview, frame: int, mask: int) -> int:
+        """Stored bytes of a frame in proportion to its dead chunks' raw bytes."""
+        header = fmt.decode_frame_header(record, frame)
+        dead = mask & ~self._marks.live.get(frame, 0)
+        lost = sum(slot.length for i, slot in enumerate(header.slots) if dead >> i & 1)
+        return len(record) * lost // max(header.raw_bytes, 1)
+
+    # --- sweep -----------------------------------------------------------------------------------
+
+    def _sweep(self, dead: dict[int, int], on_progress: Callable[[int, int], None]) -> None:
+        """Delete dead frames first, which needs almost no room even on a full disk, then rewrite."""
+        live = self._marks.live
+        self._sweep_batch([])
+        whole = [frame for frame, mask in dead.items() if not mask & live.get(frame, 0)]
+        partly = [frame for frame, mask in dead.items() if mask & live.get(frame, 0)]
+        done = 0
+        for size, frames in ((GC_DELETE_FRAMES, whole), (_REWRITE_FRAMES, partly)):
+            for batch in _batches(frames, size):
+                self._sweep_batch(batch)
+                done += len(batch)
+                on_progress(done, len(dead))
+
+    def _sweep_batch(self, frames: list[int]) -> None:
+        """One write transaction. Manifests and drafts that nobody needs go with or before their
+        chunks, so that every manifest in the store is complete at every moment."""
+        env, live = self._env, self._marks.live
+        with Reclaim(self._store) as reclaim, env.write() as txn:
+            manifests, drafts = self._mark_roots(txn, reclaim)
+            for digest in manifests:
+                txn.delete(digest, db=env.manifests)
+            for draft in drafts:
+                txn.delete(draft, db=env.drafts)
+            self._manifests += len(manifests)
+            self._drafts += len(drafts)
+            writer = FrameWriter(txn, env)
+            for frame in frames:
+                dropped = writer.retain(frame, live.get(frame, 0), self._codecs)
+                self._bytes += dropped.bytes
+                self._chunks += dropped.chunks
+                self._removed += dropped.removed
+                self._rewritten += dropped.chunks > 0 and not dropped.removed
+            writer.close()
+
+    def _sweep_files(self) -> None:
+        """Remove the working directories of imports that no longer run."""
+        for path in working_directories(self._store):
+            with Reclaim(self._store) as reclaim:
+                if reclaim.claim(session_byte(bytes.fromhex(path.name))):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+_REWRITE_FRAMES = GC_REWRITE_BYTES // (256 << 10)
+
+
+def working_directories(store: Path) -> Iterator[Path]:
+    """The working directories of imports, named by their session's id in hexadecimal."""
+    for path in sorted((store / "tmp").glob("*")):
+        if len(path.name) == 32 and all(c in "0123456789abcdef" for c in path.name):
+            yield path
+
+
+def _batches(items: list[int], size: int) -> Iterator[list[int]]:
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch

@@ -1,0 +1,382 @@
+"""Writing an image into the store: cut, hash, look up, compress, commit.
+
+Owns the import's pipeline and its crash rules. Worker threads read and hash segments and compress
+frames (both release the GIL); the calling thread keeps the order and is the only one that writes.
+One `Ingest` serves one import and one calling thread; any number of imports, in any number of
+processes, may run on one store.
+
+Crash rules (docs/format.md, "Write order"): every batch commits its frames together with a *draft*,
+the list of references that the unfinished manifest relies on. Drafts are roots for gc as long as the
+import's session lease is held, and garbage as soon as it is not. The last transaction writes
+manifest and name and removes the drafts, so an image exists completely or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import lmdb
+from blake3 import blake3
+
+from dedupstore import catalog
+from dedupstore import format as fmt
+from dedupstore.chunker import (
+    Segment,
+    cut_by_content,
+    is_zero,
+    segments_of_data,
+    segments_of_extents,
+)
+from dedupstore.constants import BATCH_BYTES, FRAME_SLOTS_MAX, SEGMENT_BYTES
+from dedupstore.env import Environment
+from dedupstore.erofs import file_extents, is_erofs
+from dedupstore.errors import ErofsError, SourceError
+from dedupstore.frames import (
+    Codecs,
+    FrameBuilder,
+    FrameWriter,
+    NewFrame,
+    encode_new,
+    find_chunk,
+)
+from dedupstore.leases import Leases, session_byte
+from dedupstore.sources import Source
+
+# A reference to a frame of this import that has no number yet: its position in the import, marked.
+_PROVISIONAL = 1 << 63
+# Bytes that may be read ahead of the calling thread, and frames that may wait to be stored.
+_SEGMENTS_AHEAD = 6
+_FRAMES_AHEAD = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import did. Bytes; `new_bytes` were not in the store before, `stored_bytes` is what
+    they took in it."""
+
+    digest: bytes
+    size: int
+    kind: int
+    chunks: int
+    unique_bytes: int
+    zero_bytes: int
+    new_chunks: int
+    new_bytes: int
+    stored_bytes: int
+
+
+@dataclass(slots=True)
+class _Hashed:
+    """A chunk as the workers hand it over; `data` only when the store did not know it."""
+
+    length: int
+    digest: bytes
+    ref: int = 0
+    data: bytes = b""
+
+
+@dataclass(slots=True)
+class _Reused:
+    """A stored chunk that this import relies on, and where its bytes are should it vanish."""
+
+    digest: bytes
+    ref: int
+    offset: int
+    length: int
+
+
+def plan(source: Source) -> tuple[int, Iterable[Segment]]:
+    """The image's kind (fmt.KIND_*) and its segments.
+
+    An image whose EROFS metadata is malformed is imported like any other raw image.
+    """
+    if is_erofs(source.read_at(0, 2048)):
+        try:
+            extents = file_extents(source.read_at, source.size)
+            return fmt.KIND_EROFS, segments_of_extents(source.size, extents)
+        except ErofsError:
+            pass
+    return fmt.KIND_RAW, segments_of_data(source.data_regions())
+
+
+class Ingest:
+    """One import of one source."""
+
+    def __init__(self, env: Environment, leases: Leases, source: Source) -> None:
+        self._env = env
+        self._leases = leases
+        self._source = source
+        self._session = uuid.uuid4().bytes
+        self._codecs = Codecs()
+        # The image so far: one entry per chunk, holes merged, references maybe provisional.
+        self._lengths = array("Q")
+        self._refs = array("Q")
+        self._position = 0
+        self._digest = fmt.ImageDigest()
+        self._known: dict[bytes, int] = {}
+        self._unique_bytes = self._zero_bytes = 0
+        # Frames by their provisional number: real number once stored.
+        self._frame_numbers = array("Q")
+        self._moved: dict[int, int] = {}
+        self._builder = FrameBuilder(FRAME_SLOTS_MAX)
+        self._builder_frame = 0
+        self._encoding: deque[tuple[int, Future[NewFrame]]] = deque()
+        self._batch: list[tuple[int, NewFrame]] = []
+        self._batch_bytes = 0
+        self._reused: list[_Reused] = []
+        self._drafts = 0
+        self._new_chunks = self._new_bytes = self._stored_bytes = 0
+
+    def run(self, name: str, on_progress: Callable[[int], None]) -> Imported:
+        """Import the source as image `name`; `on_progress` gets the bytes done since the last call.
+
+        Raises ImageExistsError, SourceError, StoreFullError; the store is then as it was, except
+        for chunks that the next gc reclaims.
+        """
+        kind, segments = plan(self._source)
+        self._leases.take(session_byte(self._session))
+        pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+        try:
+            for offset, hashed in self._hash_ahead(pool, segments):
+                self._absorb_hole(offset - self._position)
+                for chunk in hashed:
+                    self._absorb(pool, chunk)
+                on_progress(self._position - offset)
+            self._absorb_hole(self._source.size - self._position)
+            self._finish_frames(pool)
+            return self._commit_image(name, kind)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._leases.release(session_byte(self._session))
+
+    # --- workers -------------------------------------------------------------------------------
+
+    def _hash_ahead(
+        self, pool: ThreadPoolExecutor, segments: Iterable[Segment]
+    ) -> Iterator[tuple[int, list[_Hashed]]]:
+        """Hash segments on the pool, a few ahead, and yield (offset, chunks) in image order."""
+        ahead: deque[tuple[int, Future[list[_Hashed]]]] = deque()
+        for segment in segments:
+            ahead.append((segment.offset, pool.submit(self._hash, segment)))
+            if len(ahead) > _SEGMENTS_AHEAD:
+                offset, future = ahead.popleft()
+                yield offset, future.result()
+        for offset, future in ahead:
+            yield offset, future.result()
+
+    def _hash(self, segment: Segment) -> list[_Hashed]:
+        """Read, cut, hash and look up one segment. Runs on a worker."""
+        data = memoryview(self._source.read_at(segment.offset, segment.length))
+        if len(data) != segment.length:
+            raise SourceError(
+                f"{self._source.name}: became shorter while it was imported "
+                f"({segment.offset + len(data)} bytes)"
+            )
+        known = self._known
+        chunks: list[_Hashed] = []
+        position = 0
+        with self._env.read() as txn:
+            for length in segment.cuts or cut_by_content(data):
+                if length < 0:
+                    chunks.append(_Hashed(-length, fmt.ZERO_DIGEST))
+                    position -= length
+                    continue
+                piece = data[position : position + length]
+                position += length
+                if is_zero(piece):
+                    chunks.append(_Hashed(length, fmt.ZERO_DIGEST))
+                    continue
+                digest = blake3(piece).digest()
+                if digest in known:
+                    chunks.append(_Hashed(length, digest))
+                elif ref := find_chunk(txn, self._env, digest):
+                    chunks.append(_Hashed(length, digest, ref))
+                else:
+                    chunks.append(_Hashed(length, digest, 0, bytes(piece)))
+        return chunks
+
+    # --- the calling thread: image order ---------------------------------------------------------
+
+    def _absorb_hole(self, length: int) -> None:
+        if length <= 0:
+            return
+        self._digest.add(length, fmt.ZERO_DIGEST)
+        self._zero_bytes += length
+        self._position += length
+        if self._refs and self._refs[-1] == fmt.REF_HOLE:
+            self._lengths[-1] += length
+        else:
+            self._lengths.append(length)
+            self._refs.append(fmt.REF_HOLE)
+
+    def _absorb(self, pool: ThreadPoolExecutor, chunk: _Hashed) -> None:
+        """Append a chunk to the image, to the reused ones or to the frame being built."""
+        if chunk.digest == fmt.ZERO_DIGEST:
+            self._absorb_hole(chunk.length)
+            return
+        ref = self._known.get(chunk.digest)
+        if ref is None:
+            ref = chunk.ref
+            if ref:
+                self._reused.append(_Reused(chunk.digest, ref, self._position, chunk.length))
+            else:
+                ref = self._add_new(pool, chunk)
+            self._known[chunk.digest] = ref
+            self._unique_bytes += chunk.length
+        self._digest.add(chunk.length, chunk.digest)
+        self._lengths.append(chunk.length)
+        self._refs.append(ref)
+        self._position += chunk.length
+
+    def _add_new(self, pool: ThreadPoolExecutor, chunk: _Hashed) -> int:
+        if not self._builder.fits(chunk.length):
+            self._submit_frame(pool)
+        slot = self._builder.add(chunk.digest, chunk.data)
+        self._new_chunks += 1
+        self._new_bytes += chunk.length
+        return _PROVISIONAL | fmt.make_ref(self._builder_frame, slot)
+
+    def _submit_frame(self, pool: ThreadPoolExecutor) -> None:
+        slots, parts = self._builder.take()
+        future = pool.submit(encode_new, self._codecs, slots, parts)
+        self._encoding.append((self._builder_frame, future))
+        self._frame_numbers.append(0)
+        self._builder_frame += 1
+        while self._encoding and (
+            len(self._encoding) > _FRAMES_AHEAD or self._encoding[0][1].done()
+        ):
+            self._stage(*self._encoding.popleft())
+
+    def _stage(self, provisional: int, future: Future[NewFrame]) -> None:
+        frame = future.result()
+        self._batch.append((provisional, frame))
+        self._batch_bytes += len(frame.record)
+        if self._batch_bytes >= BATCH_BYTES:
+            with self._env.write() as txn:
+                refs = self._store_batch(txn)
+                key = fmt.draft_key(self._session, self._drafts)
+                txn.put(key, fmt.encode_draft(refs), db=self._env.drafts)
+            self._drafts += 1
+
+    def _finish_frames(self, pool: ThreadPoolExecutor) -> None:
+        if self._builder:
+            self._submit_frame(pool)
+        while self._encoding:
+            self._stage(*self._encoding.popleft())
+
+    # --- inside a write transaction ----------------------------------------------------------------
+
+    def _store_batch(self, txn: lmdb.Transaction) -> list[int]:
+        """Store the staged frames and make sure of the reused chunks; return all their references."""
+        writer = FrameWriter(txn, self._env)
+        refs = [self._confirm(txn, writer, reused) for reused in self._reused]
+        for provisional, frame in self._batch:
+            refs += self._store_frame(txn, writer, provisional, frame)
+        writer.close()
+        self._batch, self._batch_bytes, self._reused = [], 0, []
+        return refs
+
+    def _confirm(self, txn: lmdb.Transaction, writer: FrameWriter, reused: _Reused) -> int:
+        """The chunk's reference now: a gc may have reclaimed it since a worker looked it up."""
+        ref = find_chunk(txn, self._env, reused.digest)
+        if ref is None:
+            data = self._source.read_at(reused.offset, reused.length)
+            if blake3(data).digest() != reused.digest:
+                raise SourceError(f"{self._source.name}: changed while it was imported")
+            new = encode_new(self._codecs, (fmt.Slot(reused.digest, len(data)),), [data])
+            ref = fmt.make_ref(self._write(writer, new), 0)
+        if ref != reused.ref:
+            self._moved[reused.ref] = ref
+        return ref
+
+    def _store_frame(
+        self, txn: lmdb.Transaction, writer: FrameWriter, provisional: int, frame: NewFrame
+    ) -> list[int]:
+        """Store a frame; return its chunks' references.
+
+        Should another import have stored some of its chunks meanwhile, those are used and the
+        others go into frames of their own: a chunk is in a store once.
+        """
+        found = [find_chunk(txn, self._env, slot.digest) for slot in frame.slots]
+        if not any(found):
+            number = self._write(writer, frame)
+            self._frame_numbers[provisional] = number
+            return [fmt.make_ref(number, slot) for slot in range(len(found))]
+        view = memoryview(frame.record)
+        raw = self._codecs.decode(view, 0)
+        offsets = fmt.decode_frame_offsets(view, 0)
+        refs = []
+        for i, (slot, ref) in enumerate(zip(frame.slots, found, strict=True)):
+            if ref is None:
+                data = raw[offsets[i] : offsets[i] + slot.length]
+                ref = fmt.make_ref(self._write(writer, encode_new(self._codecs, (slot,), [data])), 0)
+            self._moved[_PROVISIONAL | fmt.make_ref(provisional, i)] = ref
+            refs.append(ref)
+        return refs
+
+    def _write(self, writer: FrameWriter, frame: NewFrame) -> int:
+        self._stored_bytes += len(frame.record)
+        return writer.store(frame)
+
+    def _commit_image(self, name: str, kind: int) -> Imported:
+        digest = self._digest.finish()
+        with self._env.write() as txn:
+            self._store_batch(txn)
+            manifest = self._manifest()
+            if txn.get(digest, db=self._env.manifests) is None:
+                txn.put(digest, fmt.encode_manifest(manifest, digest), db=self._env.manifests)
+            image = fmt.ImageRecord(digest, manifest.size, time.time_ns(), kind)
+            catalog.add_image(txn, self._env, name, image)
+            for sequence in range(self._drafts):
+                txn.delete(fmt.draft_key(self._session, sequence), db=self._env.drafts)
+        return Imported(
+            digest,
+            manifest.size,
+            kind,
+            manifest.chunks,
+            manifest.unique_bytes,
+            manifest.zero_bytes,
+            self._new_chunks,
+            self._new_bytes,
+            self._stored_bytes,
+        )
+
+    def _manifest(self) -> fmt.ManifestRecord:
+        """The finished image's columns: real references, consecutive slots merged into runs."""
+        lengths, refs, counts = array("Q"), array("Q"), array("I")
+        follows = -1
+        for length, provisional in zip(self._lengths, self._refs, strict=True):
+            ref = self._resolve(provisional)
+            if ref == follows:
+                lengths[-1] += length
+                counts[-1] += 1
+            else:
+                lengths.append(length)
+                refs.append(ref)
+                counts.append(1 if ref else 0)
+            follows = ref + 1 if ref else -1
+        return fmt.ManifestRecord(
+            self._source.size,
+            sum(counts),
+            self._unique_bytes,
+            self._zero_bytes,
+            lengths,
+            refs,
+            counts,
+        )
+
+    def _resolve(self, ref: int) -> int:
+        moved = self._moved.get(ref)
+        if moved is not None:
+            return moved
+        if not ref & _PROVISIONAL:
+            return ref
+        frame = (ref & ~_PROVISIONAL) >> fmt.REF_SLOT_BITS
+        return fmt.make_ref(self._frame_numbers[frame], ref & fmt.REF_SLOT_MASK)

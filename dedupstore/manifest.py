@@ -1,0 +1,62 @@
+"""An image as packed arrays: where each byte of it lies.
+
+Owns the in-memory form that reads are served from: two arrays of 8 bytes per run, shared by every
+clone of an image. Pure; immutable after construction, so any number of threads may read it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+
+from dedupstore.format import REF_HOLE, ManifestRecord
+
+
+class Manifest:
+    """The runs of one image, in order.
+
+    `starts[i]` is the offset of run i in bytes from the image's start, with one entry more, the
+    image's size, at the end; `refs[i]` refers to the run's first chunk, 0 for a hole.
+    """
+
+    __slots__ = ("__weakref__", "digest", "refs", "size", "starts")
+
+    def __init__(self, digest: bytes, record: ManifestRecord) -> None:
+        self.digest = digest
+        self.size = record.size
+        self.starts = array("Q", accumulate(record.lengths, initial=0))
+        self.refs = record.refs
+
+    def run_at(self, offset: int) -> int:
+        """Index of the run that holds `offset`, which must be inside the image."""
+        return bisect_right(self.starts, offset) - 1
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(start, length, reference) of the runs that [offset, offset+length) touches, unclipped."""
+        if length <= 0 or offset >= self.size:
+            return
+        starts, refs = self.starts, self.refs
+        for i in range(self.run_at(offset), len(refs)):
+            start = starts[i]
+            if start >= offset + length:
+                return
+            yield start, starts[i + 1] - start, refs[i]
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, length, is a hole) covering [offset, offset+length), neighbours of a kind merged.
+
+        A zero-length request yields nothing. The last extent may reach beyond the request's end,
+        never beyond the image's.
+        """
+        begin, end, hole = offset, offset, False
+        for start, run_length, ref in self.runs(offset, length):
+            is_hole = ref == REF_HOLE
+            if end > begin and is_hole != hole:
+                yield begin, end - begin, hole
+                begin = end
+            hole = is_hole
+            end = start + run_length
+        if end > begin:
+            yield begin, end - begin, hole

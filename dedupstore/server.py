@@ -1,0 +1,60 @@
+"""How nbdkit is run with the plugin: the command line, and nothing about who runs it.
+
+Pure but for looking programs and files up. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dedupstore.errors import ProgramError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
+    syntax; `threads` per connection, nbdkit's default for None."""
+
+    store: Path
+    socket: Path
+    images: Sequence[str] = ()
+    cache: str | None = None
+    metrics: Path | None = None
+    threads: int | None = None
+
+
+def plugin_path() -> Path:
+    """The plugin's script, from a checkout or an installed package. Raises ProgramError."""
+    spec = importlib.util.find_spec("nbdplugin")
+    if spec is None or spec.origin is None:
+        raise ProgramError("nbdkit", "the plugin (package nbdplugin) is not installed")
+    return Path(spec.origin).with_name("dedup.py")
+
+
+def find_program(name: str, package: str) -> str:
+    """Absolute path of a program, looked for where system tools live too. Raises ProgramError."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+    if found is None:
+        raise ProgramError(name, f"not found (install the package {package})")
+    return found
+
+
+def server_command(options: ServerOptions, *extra: str) -> list[str]:
+    """The nbdkit command line; `extra` are nbdkit's own options, put before the plugin."""
+    # A unix socket's address holds 107 bytes; nbdkit's own message for it does not say so.
+    if len(str(options.socket)) > 107:
+        raise UsageError(f"socket {options.socket}: path is longer than 107 bytes")
+    command = [find_program("nbdkit", "nbdkit"), "--unix", str(options.socket), "--readonly"]
+    if options.threads is not None:
+        command += ["--threads", str(options.threads)]
+    command += [*extra, "python", str(plugin_path()), f"store={options.store}"]
+    command += [f"image={image}" for image in options.images]
+    if options.cache is not None:
+        command.append(f"cache={options.cache}")
+    if options.metrics is not None:
+        command.append(f"metrics={options.metrics}")
+    return command

@@ -1,0 +1,94 @@
+"""What an import reads from: any file, block device or stream, as bytes at offsets.
+
+Owns opening, sizing and the map of holes; knows nothing of formats. `Source.read_at` is thread-safe
+(pread), everything else belongs to the importing thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dedupstore.errors import SourceError, StoreFullError
+
+
+class Source:
+    """An open image to import. `size` in bytes; `name` is what messages call it."""
+
+    def __init__(self, file: int, name: str) -> None:
+        """Take ownership of the open file descriptor."""
+        self.name = name
+        self._file = file
+        # Works for files and block devices alike, where st_size is zero for the latter.
+        self.size = os.lseek(file, 0, os.SEEK_END)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly the bytes there are: short only at the end of the source. Raises SourceError."""
+        parts: list[bytes] = []
+        try:
+            while length > 0:
+                part = os.pread(self._file, length, offset)
+                if not part:
+                    break
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        except OSError as error:
+            raise SourceError(f"{self.name}: read at byte {offset}: {error.strerror}") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def data_regions(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of what may hold data; what lies between reads as zeros."""
+        position = 0
+        while position < self.size:
+            try:
+                start = os.lseek(self._file, position, os.SEEK_DATA)
+                end = os.lseek(self._file, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                # No hole support here (block devices, some file systems): all of it is data.
+                yield position, self.size
+                return
+            yield start, min(end, self.size)
+            position = end
+
+    def fileno(self) -> int:
+        """The open file, still owned by the source."""
+        return self._file
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def open_source(path: Path) -> Source:
+    """Open a regular file or a block device. Raises SourceError."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from None
+    mode = os.fstat(file).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(file)
+        raise SourceError(f"{path}: neither a file, a block device nor a directory")
+    return Source(file, str(path))
+
+
+def spool(stream: BinaryIO, directory: Path, name: str) -> Source:
+    """Copy a stream into an unnamed file in `directory` and open that: cutting needs to seek."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            shutil.copyfileobj(stream, file, 1 << 20)
+            file.flush()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(f"{directory}: no space left to spool {name}") from None
+            raise SourceError(f"{name}: {error.strerror}") from None
+        return Source(os.dup(file.fileno()), name)

@@ -1,0 +1,419 @@
+"""The store: opens and wires the layers below, and is the only API for what lies above.
+
+A `Store` belongs to one process and must not cross a fork. Thread-safe: every method may be called
+from any thread; an import uses its calling thread and a pool of its own. Methods return typed
+results and print nothing. Every failure that a user or a disk can cause is a DedupError.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from weakref import WeakValueDictionary
+
+import lmdb
+
+from dedupstore import builders, catalog, gc
+from dedupstore import format as fmt
+from dedupstore.env import DATA_FILE, Environment
+from dedupstore.errors import (
+    ImageExistsError,
+    StoreAccessError,
+    StoreDamagedError,
+    StoreExistsError,
+    UsageError,
+)
+from dedupstore.frames import FrameLoader, read_totals, write_totals
+from dedupstore.ingest import Imported, Ingest
+from dedupstore.leases import Leases, create_lock_file, image_byte, session_byte
+from dedupstore.manifest import Manifest
+from dedupstore.sources import Source, open_source, spool
+
+SUPERBLOCK_KEY = b"superblock"
+TEMPORARY_DIRECTORY = "tmp"
+STANDARD_INPUT = "-"
+
+_ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".tar", ".tgz", ".txz", ".tbz2")
+_IMAGE_SUFFIXES = (".erofs", ".img", ".raw", ".iso", ".ext4", ".squashfs")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """One name and what it stands for. Bytes; `unique_bytes` are those of the image's distinct
+    chunks, `zero_bytes` those in holes."""
+
+    name: str
+    size: int
+    digest: str
+    kind: str
+    created: float
+    chunks: int
+    unique_bytes: int
+    zero_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Sums over the store, in bytes where not counts."""
+
+    images: int
+    logical_bytes: int
+    unique_bytes: int
+    stored_bytes: int
+    file_bytes: int
+    chunks: int
+    frames: int
+    dedup_ratio: float
+    compression_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What two images share. Bytes of distinct chunks, except the sizes; holes do not count."""
+
+    a: str
+    b: str
+    a_size: int
+    b_size: int
+    identical: bool
+    shared_bytes: int
+    only_a_bytes: int
+    only_b_bytes: int
+    shared_chunks: int
+    only_a_chunks: int
+    only_b_chunks: int
+
+
+class Store:
+    """An open store."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the store at `path`. Raises StoreNotFound/Access/Version/DamagedError."""
+        self.path = path
+        self.env = Environment(path)
+        try:
+            with self.env.read() as txn:
+                record = txn.get(SUPERBLOCK_KEY, db=self.env.meta)
+                if record is None:
+                    raise StoreDamagedError(f"{self.env.path}: not a dedupstore store")
+                self.superblock = fmt.decode_superblock(record)
+            fmt.check_superblock(self.superblock, str(path))
+            self.leases = Leases(path)
+            self._manifests: WeakValueDictionary[bytes, Manifest] = WeakValueDictionary()
+        except BaseException:
+            self.env.close()
+            raise
+
+    @classmethod
+    def create(cls, path: Path) -> Store:
+        """Create a store in `path`, which must be absent or an empty directory, and open it.
+
+        Raises StoreExistsError, StoreAccessError, StoreFullError.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _require_empty(path)
+            path.chmod(0o700)
+            (path / TEMPORARY_DIRECTORY).mkdir(mode=0o700)
+            create_lock_file(path)
+        except FileExistsError:
+            raise StoreExistsError(f"{path}: is a file") from None
+        except OSError as error:
+            raise StoreAccessError(f"{path}: {error.strerror}") from None
+        env = Environment(path, create=True)
+        try:
+            with env.write() as txn:
+                superblock = fmt.Superblock(uuid.uuid4().bytes, time.time_ns())
+                txn.put(SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+                write_totals(txn, env, fmt.Totals())
+        finally:
+            env.close()
+        return cls(path)
+
+    def close(self) -> None:
+        """Close the store; readers and imports must have ended. Idempotent."""
+        self.leases.close()
+        self.env.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- images by name --------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Every image's name, in order."""
+        with self.env.read() as txn:
+            return [name for name, _ in catalog.list_images(txn, self.env)]
+
+    def images(self) -> list[ImageInfo]:
+        """Every image, in the order of the names."""
+        with self.env.read() as txn:
+            return [
+                _info(name, image, catalog.read_summary(txn, self.env, image.digest))
+                for name, image in catalog.list_images(txn, self.env)
+            ]
+
+    def image(self, name: str) -> ImageInfo:
+        """One image. Raises ImageNotFoundError."""
+        with self.env.read() as txn:
+            image = catalog.find_image(txn, self.env, name)
+            return _info(name, image, catalog.read_summary(txn, self.env, image.digest))
+
+    def clone(self, source: str, target: str) -> None:
+        """Give the image `source` the further name `target`: O(1), nothing is copied."""
+        with self.env.write() as txn:
+            image = catalog.find_image(txn, self.env, source)
+            clone = fmt.ImageRecord(image.digest, image.size, time.time_ns(), image.kind)
+            catalog.add_image(txn, self.env, target, clone)
+
+    def rename(self, old: str, new: str) -> None:
+        """Change an image's name. Raises ImageNotFoundError, ImageExistsError."""
+        with self.env.write() as txn:
+            image = catalog.remove_image(txn, self.env, old)
+            catalog.add_image(txn, self.env, new, image)
+
+    def remove(self, names: list[str]) -> None:
+        """Forget names, all or none; space comes back with the next gc."""
+        with self.env.write() as txn:
+            for name in dict.fromkeys(names):
+                catalog.remove_image(txn, self.env, name)
+
+    # --- contents ----------------------------------------------------------------------------------
+
+    def loader(self) -> FrameLoader:
+        """A loader of this store's frames, for a cache."""
+        return FrameLoader(self.env)
+
+    def open_manifest(self, name: str) -> Manifest:
+        """The manifest of an image, leased: gc keeps its chunks until `close_manifest`.
+
+        Raises ImageNotFoundError.
+        """
+        while True:
+            with self.env.read() as txn:
+                digest = catalog.find_image(txn, self.env, name).digest
+            self.leases.take(image_byte(digest))
+            try:
+                # A gc may have finished between the look-up and the lease: look again.
+                with self.env.read() as txn:
+                    if catalog.find_image(txn, self.env, name).digest == digest:
+                        return self._shared_manifest(txn, digest)
+            except BaseException:
+                self.leases.release(image_byte(digest))
+                raise
+            self.leases.release(image_byte(digest))
+
+    def _shared_manifest(self, txn: lmdb.Transaction, digest: bytes) -> Manifest:
+        """One object for all who have the image or a clone of it open. Two threads may decode the
+        same manifest at once; one of the results then simply serves fewer readers."""
+        manifest = self._manifests.get(digest)
+        if manifest is None:
+            manifest = Manifest(digest, catalog.read_manifest(txn, self.env, digest))
+            self._manifests[digest] = manifest
+        return manifest
+
+    def close_manifest(self, manifest: Manifest) -> None:
+        """End the lease of `open_manifest`."""
+        self.leases.release(image_byte(manifest.digest))
+
+    def import_path(
+        self, path: Path, name: str | None, on_progress: Callable[[int, int], None]
+    ) -> tuple[str, Imported]:
+        """Import a file, block device, directory or tar archive; return its name and the result.
+
+        `name` defaults to the source's name without its suffixes. `on_progress` gets (bytes done
+        since the last call, bytes in all).
+        """
+        name = name or default_name(path)
+        self._require_new(name)
+        if path.is_dir():
+            return name, self._import_built(path, name, on_progress, builders.build_image)
+        with _opened(open_source(path)) as source:
+            if stat.S_ISREG(path.stat().st_mode) and builders.is_tar(path):
+                return name, self._import_built(path, name, on_progress, self._build_from_tar)
+            return name, self._import(source, name, on_progress)
+
+    def import_stream(
+        self, stream: BinaryIO, name: str, on_progress: Callable[[int, int], None]
+    ) -> Imported:
+        """Import a stream, of whatever a file could hold, by way of an unnamed temporary file."""
+        self._require_new(name)
+        with _opened(spool(stream, self.path / TEMPORARY_DIRECTORY, "standard input")) as source:
+            spooled = Path(f"/proc/self/fd/{source.fileno()}")
+            if builders.is_tar(spooled):
+                return self._import_built(spooled, name, on_progress, self._build_from_tar)
+            return self._import(source, name, on_progress)
+
+    def _require_new(self, name: str) -> None:
+        """Fail before the work rather than after it when `name` cannot be given."""
+        key = catalog.encode_name(name)
+        with self.env.read() as txn:
+            if txn.get(key, db=self.env.images) is not None:
+                raise ImageExistsError(name)
+
+    def _import(
+        self, source: Source, name: str, on_progress: Callable[[int, int], None]
+    ) -> Imported:
+        ingest = Ingest(self.env, self.leases, source)
+        return ingest.run(name, lambda done: on_progress(done, source.size))
+
+    def _import_built(
+        self,
+        source: Path,
+        name: str,
+        on_progress: Callable[[int, int], None],
+        build: Callable[[Path, Path], None],
+    ) -> Imported:
+        with self._working_directory() as work:
+            image = work / "image.erofs"
+            build(source, image)
+            with _opened(open_source(image)) as built:
+                return self._import(built, name, on_progress)
+
+    @staticmethod
+    def _build_from_tar(archive: Path, image: Path) -> None:
+        tree = image.parent / "tree"
+        tree.mkdir(mode=0o755)
+        builders.unpack_tar(archive, tree)
+        builders.build_image(tree, image)
+
+    @contextmanager
+    def _working_directory(self) -> Iterator[Path]:
+        """A directory that gc removes should this process be killed."""
+        session = uuid.uuid4().bytes
+        self.leases.take(session_byte(session))
+        work = self.path / TEMPORARY_DIRECTORY / session.hex()
+        try:
+            work.mkdir(mode=0o700)
+            yield work
+        except OSError as error:
+            raise StoreAccessError(f"{work}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            self.leases.release(session_byte(session))
+
+    # --- the store as a whole ----------------------------------------------------------------------
+
+    def collect_garbage(
+        self, *, dry_run: bool = False, on_progress: Callable[[int, int], None] | None = None
+    ) -> gc.Collected:
+        """Reclaim what no name, open image or running import needs. See gc.Collector."""
+        return gc.Collector(self.env, self.path).run(dry_run=dry_run, on_progress=on_progress)
+
+    def stats(self) -> StoreStats:
+        """Sums over the store."""
+        with self.env.read() as txn:
+            totals = read_totals(txn, self.env)
+            sizes = [image.size for _, image in catalog.list_images(txn, self.env)]
+        logical = sum(sizes)
+        return StoreStats(
+            images=len(sizes),
+            logical_bytes=logical,
+            unique_bytes=totals.unique_bytes,
+            stored_bytes=totals.stored_bytes,
+            file_bytes=self.env.file_bytes(),
+            chunks=totals.chunks,
+            frames=totals.frames,
+            dedup_ratio=round(logical / totals.unique_bytes, 4) if totals.unique_bytes else 1.0,
+            compression_ratio=(
+                round(totals.unique_bytes / totals.stored_bytes, 4) if totals.stored_bytes else 1.0
+            ),
+        )
+
+    def diff(self, a: str, b: str) -> Difference:
+        """What two images share and do not share."""
+        with self.env.read() as txn:
+            images = [catalog.find_image(txn, self.env, name) for name in (a, b)]
+            chunks = []
+            for image in images:
+                manifest = catalog.read_manifest(txn, self.env, image.digest)
+                chunks.append(set(_chunk_refs(manifest)))
+            shared, only_a, only_b = (
+                chunks[0] & chunks[1],
+                chunks[0] - chunks[1],
+                chunks[1] - chunks[0],
+            )
+            lengths = [self._length_of(txn, refs) for refs in (shared, only_a, only_b)]
+        return Difference(
+            a,
+            b,
+            images[0].size,
+            images[1].size,
+            images[0].digest == images[1].digest,
+            *lengths,
+            len(shared),
+            len(only_a),
+            len(only_b),
+        )
+
+    def _length_of(self, txn: lmdb.Transaction, refs: set[int]) -> int:
+        """Bytes of the chunks in `refs`, from their frames' headers."""
+        total = 0
+        header_of, header = 0, None
+        for ref in sorted(refs):
+            frame = ref >> fmt.REF_SLOT_BITS
+            if frame != header_of:
+                record = txn.get(fmt.frame_key(frame), db=self.env.frames)
+                header_of = frame
+                header = None if record is None else fmt.decode_frame_header(record, frame)
+            slot = ref & fmt.REF_SLOT_MASK
+            if header is None or slot >= len(header.slots):
+                raise StoreDamagedError(f"chunk {frame}.{slot} is missing (run 'dedupstore check')")
+            total += header.slots[slot].length
+        return total
+
+
+def _chunk_refs(manifest: fmt.ManifestRecord) -> Iterator[int]:
+    for ref, count in zip(manifest.refs, manifest.counts, strict=True):
+        yield from range(ref, ref + count)
+
+
+def _info(name: str, image: fmt.ImageRecord, manifest: fmt.ManifestRecord) -> ImageInfo:
+    return ImageInfo(
+        name,
+        image.size,
+        image.digest.hex(),
+        fmt.KIND_NAMES.get(image.kind, "unknown"),
+        image.created_ns / 1e9,
+        manifest.chunks,
+        manifest.unique_bytes,
+        manifest.zero_bytes,
+    )
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Source]:
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _require_empty(path: Path) -> None:
+    if (path / DATA_FILE).exists():
+        raise StoreExistsError(f"{path}: already holds a store")
+    if any(path.iterdir()):
+        raise StoreExistsError(f"{path}: not empty")
+
+
+def default_name(path: Path) -> str:
+    """An image name for a source: its file name without archive and image suffixes."""
+    name = path.resolve().name if path.name in ("", ".", "..") else path.name
+    for suffixes in (_ARCHIVE_SUFFIXES, _ARCHIVE_SUFFIXES, _IMAGE_SUFFIXES):
+        stem, dot, suffix = name.rpartition(".")
+        if stem and f".{suffix.lower()}" in suffixes:
+            name = stem
+    if not name:
+        raise UsageError(f"{path}: give the image a name")
+    return name

@@ -1,0 +1,195 @@
+"""nbdkit plugin: every image of a store as a read-only export, from one shared cache.
+
+    nbdkit python nbdplugin/dedup.py [store=DIR] [image=NAME|GLOB]... [cache=SIZE] [metrics=PATH]
+
+store=DIR      the store; default $DEDUPSTORE, else as for the command line
+image=NAME     an image to serve, or a glob; may be repeated; default every image. The export name
+               selects the image, the empty name is the first image=
+cache=SIZE     bound of the shared cache in bytes (nbdkit's sizes: 512M, 2G); default an eighth of
+               memory, at most 4G
+metrics=PATH   unix socket to serve Prometheus text on
+
+Callbacks only: the logic is `nbdplugin.session`. The callbacks run concurrently on nbdkit's worker
+threads (parallel thread model); what they call is thread-safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import site
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import nbdkit
+
+# The embedded interpreter knows neither the script's folder nor a virtual environment. From a
+# checkout the packages are beside this folder and the dependencies in .venv; from an installed
+# package both are where this folder is.
+_ROOT = Path(__file__).resolve().parent.parent
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+for _packages in (_ROOT / ".venv" / "lib" / _VERSION / "site-packages", _ROOT):
+    if _packages.is_dir():
+        site.addsitedir(str(_packages))
+sys.path.insert(0, str(_ROOT))
+
+from dedupstore.errors import DedupError, UsageError  # noqa: E402
+from dedupstore.location import default_store  # noqa: E402
+from dedupstore.reader import ImageReader  # noqa: E402
+from nbdplugin import threadstate  # noqa: E402
+from nbdplugin.session import Config, Session  # noqa: E402
+from nbdplugin.threadstate import pin, pinned  # noqa: E402
+
+API_VERSION = 2
+
+_GRID_BYTES = 4096
+_REQUEST_BYTES_MAX = 32 << 20
+
+_config = Config(store=default_store(os.environ, os.getuid()).absolute())
+_session: Session
+_metrics: Any = None
+
+
+# nbdkit logs an exception by calling traceback.format_exception. An expected failure is one line.
+_format_exception = traceback.format_exception
+
+
+def _format(kind: Any, error: Any = None, trace: Any = None, **options: Any) -> list[str]:
+    if isinstance(error, DedupError):
+        return [str(error)]
+    return _format_exception(kind, error, trace, **options)
+
+
+traceback.format_exception = _format  # type: ignore[assignment]
+
+
+# --- start and end -------------------------------------------------------------------------------
+
+
+def config(key: str, value: str) -> None:
+    if key == "store":
+        _config.store = Path(value).expanduser().absolute()
+    elif key == "image":
+        _config.images.append(value)
+    elif key == "cache":
+        try:
+            _config.cache_bytes = nbdkit.parse_size(value)
+        except ValueError:
+            raise UsageError(f"cache={value}: not a size (such as 512M or 2G)") from None
+    elif key == "metrics":
+        _config.metrics = Path(value).expanduser().absolute()
+    else:
+        raise UsageError(f"{key}=: unknown parameter (known: store, image, cache, metrics)")
+
+
+def thread_model() -> int:
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def get_ready() -> None:
+    _config.validate()
+
+
+def after_fork() -> None:
+    # Only now: neither LMDB nor threads survive the fork with which nbdkit daemonises.
+    global _session, _metrics
+    threadstate.install()
+    _session = Session(_config)
+    if _config.metrics is not None:
+        from nbdplugin.metrics import MetricsServer
+
+        _metrics = MetricsServer(_config.metrics, _session)
+
+
+def cleanup() -> None:
+    if _metrics is not None:
+        _metrics.close()
+    if "_session" in globals():
+        _session.close()
+
+
+# --- exports -------------------------------------------------------------------------------------
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return [(image, "dedupstore image") for image in _session.exports()]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return _session.default_export()
+
+
+def open(readonly: bool) -> ImageReader:
+    try:
+        name = nbdkit.export_name()
+    except UnicodeDecodeError:
+        nbdkit.set_error(errno.ENOENT)
+        raise UsageError("client asked for an export name that is not UTF-8") from None
+    try:
+        return _session.open(name)
+    except DedupError as error:
+        nbdkit.set_error(error.errno)
+        raise
+
+
+def close(reader: ImageReader) -> None:
+    _session.close_export(reader)
+
+
+def get_size(reader: ImageReader) -> int:
+    return reader.manifest.size
+
+
+def export_description(reader: ImageReader) -> str:
+    return f"dedupstore image {reader.name} {reader.manifest.digest.hex()}"
+
+
+def block_size(reader: ImageReader) -> tuple[int, int, int]:
+    return 1, _GRID_BYTES, _REQUEST_BYTES_MAX
+
+
+def can_multi_conn(reader: ImageReader) -> bool:
+    return True
+
+
+def is_rotational(reader: ImageReader) -> bool:
+    return False
+
+
+def can_cache(reader: ImageReader) -> int:
+    return nbdkit.CACHE_NATIVE
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def pread(reader: ImageReader, buffer: memoryview, offset: int, flags: int) -> None:
+    if not pinned():
+        pin()
+    try:
+        reader.read(buffer, offset)
+    except DedupError as error:
+        nbdkit.set_error(error.errno)
+        raise
+
+
+def cache(reader: ImageReader, count: int, offset: int, flags: int) -> None:
+    if not pinned():
+        pin()
+    try:
+        reader.load(offset, count)
+    except DedupError as error:
+        nbdkit.set_error(error.errno)
+        raise
+
+
+def extents(
+    reader: ImageReader, count: int, offset: int, flags: int
+) -> list[tuple[int, int, int]]:
+    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    found = reader.manifest.extents(offset, count)
+    if flags & nbdkit.FLAG_REQ_ONE:
+        return [(start, length, hole if is_hole else 0) for start, length, is_hole in found][:1]
+    return [(start, length, hole if is_hole else 0) for start, length, is_hole in found]

@@ -1,0 +1,112 @@
+"""The logic behind the nbdkit callbacks, without nbdkit: configuration, exports, open images.
+
+Owns which images are served and under which names, and wires store, cache and readahead together.
+`Config` belongs to nbdkit's main thread before the fork; a `Session` is made after it and is
+thread-safe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from dedupstore.cache import FrameCache
+from dedupstore.errors import ImageNotFoundError, UsageError
+from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
+from dedupstore.store import Store
+
+_GLOB_CHARACTERS = "*?["
+# Without `cache=`: this part of the machine's memory, at most that much.
+_CACHE_MEMORY_SHARE = 8
+_CACHE_BYTES_MAX = 4 << 30
+
+
+def default_cache_bytes() -> int:
+    """The cache budget when the user gives none, in bytes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(memory // _CACHE_MEMORY_SHARE, _CACHE_BYTES_MAX)
+
+
+@dataclass(slots=True)
+class Config:
+    """The plugin's parameters. Paths are absolute: nbdkit changes to / when it daemonises."""
+
+    store: Path
+    images: list[str] = field(default_factory=list)
+    cache_bytes: int = field(default_factory=default_cache_bytes)
+    metrics: Path | None = None
+
+    def validate(self) -> None:
+        """Open and close the store and look for the images, so that whoever starts the server sees
+        on the terminal what is wrong. Raises DedupError."""
+        with Store(self.store) as store:
+            for pattern in self.images:
+                if not _is_glob(pattern):
+                    store.image(pattern)
+        if self.metrics is not None and not self.metrics.parent.is_dir():
+            raise UsageError(f"metrics={self.metrics}: no such directory")
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(c in pattern for c in _GLOB_CHARACTERS)
+
+
+class Session:
+    """A running server: the open store, the one cache, and the exports."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the store. Raises DedupError."""
+        self._patterns = config.images
+        self.store = Store(config.store)
+        self.loader = self.store.loader()
+        self.counters = ReadCounters()
+        self.cache = FrameCache(config.cache_bytes, self.loader.load)
+        self._prefetcher = Prefetcher(self.cache, self.counters)
+        self.open_exports = 0
+
+    def close(self) -> None:
+        """Stop the readahead and close the store; every export must be closed."""
+        self._prefetcher.close()
+        self.store.close()
+
+    def exports(self) -> Iterator[str]:
+        """The names that are served now, those of the first `image=` first."""
+        names = self.store.names()
+        if not self._patterns:
+            yield from names
+            return
+        seen: set[str] = set()
+        for pattern in self._patterns:
+            for name in names:
+                if name not in seen and _matches(name, pattern):
+                    seen.add(name)
+                    yield name
+
+    def default_export(self) -> str:
+        """What the empty export name stands for: the first image served. Raises
+        ImageNotFoundError when there is none."""
+        name = next(self.exports(), None)
+        if name is None:
+            raise ImageNotFoundError(self._patterns[0] if self._patterns else "")
+        return name
+
+    def open(self, export: str) -> ImageReader:
+        """Open an export for a client. Raises ImageNotFoundError for what is not served."""
+        name = export or self.default_export()
+        if self._patterns and not any(_matches(name, pattern) for pattern in self._patterns):
+            raise ImageNotFoundError(name)
+        manifest = self.store.open_manifest(name)
+        self.open_exports += 1
+        return ImageReader(name, manifest, self.cache, self._prefetcher, self.counters)
+
+    def close_export(self, reader: ImageReader) -> None:
+        """End a client's use of what `open` returned."""
+        self.open_exports -= 1
+        self.store.close_manifest(reader.manifest)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) if _is_glob(pattern) else name == pattern
