@@ -14,18 +14,28 @@ import lzma
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dedupstore.errors import ProgramError, SourceError, StoreFullError
 
 _UUID = "00000000-0000-0000-0000-000000000000"
+# The image's build time: fixed, for the same tree to give the same bytes, and far ahead, because
+# mkfs.erofs sets back the files' times that lie behind it (2100-01-01; -T would replace them all).
+_SOURCE_DATE_EPOCH = "4102444800"
 # Distributions keep file system tools off an ordinary user's PATH.
 _PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
 _TAR_MAGIC = b"ustar"
 _TAR_MAGIC_AT = 257
 _HEAD_BYTES = 512
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 
 def is_tar(path: Path) -> bool:
@@ -37,7 +47,7 @@ def is_tar(path: Path) -> bool:
             if head.startswith(magic):
                 with opener(path, "rb") as stream:
                     head = stream.read(_HEAD_BYTES)
-    except (OSError, EOFError, lzma.LZMAError):
+    except (OSError, EOFError, lzma.LZMAError, zlib.error):
         return False
     return head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + len(_TAR_MAGIC)] == _TAR_MAGIC
 
@@ -49,12 +59,20 @@ def build_image(tree: Path, image: Path) -> None:
     fails for another reason, StoreFullError when `image`'s file system is full.
     """
     try:
-        os.listdir(tree)
+        next(tree.iterdir(), None)
     except OSError as error:
         raise SourceError(f"{tree}: {error.strerror}") from None
     _run(
         "mkfs.erofs",
-        ["--quiet", "-T0", "--preserve-mtime", "-U", _UUID, "-Enoinline_data", str(image), str(tree)],
+        [
+            "--quiet",
+            "--preserve-mtime",
+            "-U",
+            _UUID,
+            "-Enoinline_data",
+            str(image),
+            str(tree),
+        ],
         package="erofs-utils",
         subject=tree,
     )
@@ -64,12 +82,15 @@ def unpack_tar(archive: Path, tree: Path) -> None:
     """Unpack a tar archive into the empty directory `tree`.
 
     Owners are kept when run by root; xattrs, ACLs and sparse files always. GNU tar refuses members
-    that would land outside. Raises SourceError, ProgramError, StoreFullError.
+    that would land outside. Folders that the archive does not list get the time 0, so that the same
+    archive always gives the same tree. Raises SourceError, ProgramError, StoreFullError.
     """
+    began = tree.stat().st_mtime_ns
     _run(
         "tar",
         [
             "--extract",
+            "--force-local",
             "--file",
             str(archive),
             "--directory",
@@ -84,6 +105,10 @@ def unpack_tar(archive: Path, tree: Path) -> None:
         package="tar",
         subject=archive,
     )
+    ended = time.time_ns()
+    for folder, _, _ in os.walk(tree):
+        if began <= os.stat(folder).st_mtime_ns <= ended:
+            os.utime(folder, (0, 0))
 
 
 def _run(program: str, arguments: Sequence[str], *, package: str, subject: Path) -> None:
@@ -91,11 +116,11 @@ def _run(program: str, arguments: Sequence[str], *, package: str, subject: Path)
     if found is None:
         raise ProgramError(program, f"not found (install the package {package})")
     result = subprocess.run(
-        [found, *arguments],
+        ["env", *_ENVIRONMENT, found, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"},
+        env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": _SOURCE_DATE_EPOCH},
         check=False,
     )
     if result.returncode == 0:

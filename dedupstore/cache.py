@@ -29,9 +29,10 @@ _FREQUENCY_MAX = 3
 # An epoch lasts until this share of the budget has been loaded. A scan stays in one frame for far
 # less; an entry passes through the small queue in about three.
 _EPOCHS_PER_BUDGET = 32
-# What an entry costs beyond its bytes: object, offsets, dictionary and queue slots (measured with
-# sys.getsizeof and rounded up).
+# What an entry costs beyond its bytes: object, dictionary and queue slots, and for each offset its
+# number and its place in the tuple (measured with sys.getsizeof and rounded up).
 ENTRY_OVERHEAD_BYTES = 512
+_OFFSET_OVERHEAD_BYTES = 40
 
 
 class Entry:
@@ -46,7 +47,7 @@ class Entry:
         self.frame = frame
         self.view = memoryview(raw)
         self.offsets = offsets
-        self.cost = len(raw) + ENTRY_OVERHEAD_BYTES
+        self.cost = len(raw) + ENTRY_OVERHEAD_BYTES + _OFFSET_OVERHEAD_BYTES * len(offsets)
         self.frequency = 0
         self.epoch = -1  # never used: a reader's first use runs `FrameCache.touch`
 
@@ -103,12 +104,12 @@ class FrameCache:
         return self._get(frame, prefetch=False)
 
     def prefetch(self, frame: int) -> None:
-        """Load `frame` unless it is here or on its way. Errors are left for the read that needs it."""
+        """Load `frame` unless it is here or on its way. Errors are left to the read it is for."""
         if frame in self.entries or frame in self._flights:
             return
         try:
             self._get(frame, prefetch=True)
-        except Exception:  # noqa: BLE001 - the reader meets the same error and reports it
+        except Exception:
             return
 
     def _get(self, frame: int, *, prefetch: bool) -> Entry:
@@ -147,7 +148,7 @@ class FrameCache:
         flight.done.set()
         return entry
 
-    # --- below: the lock is held ---------------------------------------------------------------
+    # --- below: the lock is held ---
 
     def _insert(self, entry: Entry) -> None:
         if entry.cost > self._budget:

@@ -70,9 +70,7 @@ def list_images(txn: lmdb.Transaction, env: Environment) -> Iterator[tuple[str, 
         yield decode_name(name), fmt.decode_image(record, name)
 
 
-def add_image(
-    txn: lmdb.Transaction, env: Environment, name: str, image: fmt.ImageRecord
-) -> None:
+def add_image(txn: lmdb.Transaction, env: Environment, name: str, image: fmt.ImageRecord) -> None:
     """Give an image a name. Raises ImageExistsError."""
     key = encode_name(name)
     if not txn.put(key, fmt.encode_image(image, key), db=env.images, overwrite=False):
@@ -86,7 +84,8 @@ def remove_image(txn: lmdb.Transaction, env: Environment, name: str) -> fmt.Imag
     return image
 
 
-def _manifest_record(txn: lmdb.Transaction, env: Environment, digest: bytes) -> memoryview:
+def manifest_record(txn: lmdb.Transaction, env: Environment, digest: bytes) -> memoryview:
+    """The stored manifest of an image digest; dies with the transaction."""
     record = txn.get(digest, db=env.manifests)
     if record is None:
         raise StoreDamagedError(f"{env.path}: manifest {digest.hex()[:16]} is missing")
@@ -95,9 +94,9 @@ def _manifest_record(txn: lmdb.Transaction, env: Environment, digest: bytes) -> 
 
 def read_manifest(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt.ManifestRecord:
     """The manifest of an image digest."""
-    return fmt.decode_manifest(_manifest_record(txn, env, digest), digest)
+    return fmt.decode_manifest(manifest_record(txn, env, digest), digest)
 
 
 def read_summary(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt.ManifestRecord:
     """The manifest's counters without its columns."""
-    return fmt.decode_manifest_summary(_manifest_record(txn, env, digest), digest)
+    return fmt.decode_manifest_summary(manifest_record(txn, env, digest), digest)

@@ -4,8 +4,8 @@ Passes, each trusting only what those before have proved: LMDB's pages (before L
 every frame's bytes against its chunks' digests, the index and the totals against the frames, and
 images, manifests and drafts against all of them. Returns typed findings, prints nothing.
 
-Runs beside servers, imports and gc: pages and records are each seen in one snapshot, frames are read
-one by one, and a frame that vanishes meanwhile was needed by nobody.
+Runs beside servers, imports and gc: pages and records are each seen in one snapshot, frames are
+read one by one, and a frame that vanishes meanwhile was needed by nobody.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Checked:
 Progress = Callable[[int, int], None]
 
 
-def check_store(path: Path, *, repair: bool = False, on_progress: Progress | None = None) -> Checked:
+def check_store(
+    path: Path, *, repair: bool = False, on_progress: Progress | None = None
+) -> Checked:
     """Verify the store at `path`, which must not be open in this process.
 
     `on_progress` gets (frames done, frames in all). Raises StoreNotFoundError and what else keeps a
@@ -110,6 +112,7 @@ class _Check:
         # Frame number -> its verified slot table as stored, 36 bytes a slot.
         self.tables: dict[int, bytes] = {}
         self.damaged: dict[int, str] = {}
+        self._bad_keys: list[bytes] = []
         self.chunks = self.bytes = self.images = 0
         self._stored_bytes = 0
         self._raw_bytes = 0
@@ -119,7 +122,7 @@ class _Check:
     def _find(self, what: str, reason: str, **where: object) -> None:
         self.findings.append(Finding(what, reason, **where))  # type: ignore[arg-type]
 
-    # --- frames ----------------------------------------------------------------------------------
+    # --- frames ---
 
     def verify_frames(self, on_progress: Progress) -> None:
         """Load, decompress and hash every frame, on every core."""
@@ -130,6 +133,7 @@ class _Check:
             try:
                 frames.append(fmt.decode_frame_key(key))
             except StoreDamagedError as error:
+                self._bad_keys.append(key)
                 self._find("frames", str(error))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for begin in range(0, len(frames), _FRAMES_AHEAD):
@@ -177,7 +181,7 @@ class _Check:
             packed = int.from_bytes(table[at + 32 : at + 36], "little")
             yield table[at : at + 32], packed & ((1 << 30) - 1), packed >> 30
 
-    # --- index and totals ------------------------------------------------------------------------
+    # --- index and totals ---
 
     def verify_index(self, txn: lmdb.Transaction) -> None:
         """Every present chunk is indexed, every index entry leads to its chunk."""
@@ -194,17 +198,27 @@ class _Check:
                     self._index_wrong = True
                     self._find("index", str(error), chunk=f"{frame}.{slot}")
                     continue
+                if ref is not None and self._is_copy(digest, ref):
+                    continue
                 if ref != fmt.make_ref(frame, slot) and self._still_there(txn, frame):
                     self._index_wrong = True
                     self._find("index", "does not know a stored chunk", chunk=f"{frame}.{slot}")
         self._verify_no_dangling(txn)
         self._verify_totals(txn)
 
+    def _is_copy(self, digest: bytes, ref: int) -> bool:
+        """Whether a reference leads to a sound chunk of this digest: damage to the index may have
+        made an import store a chunk twice."""
+        slots = list(self._slots(ref >> fmt.REF_SLOT_BITS))
+        slot = ref & fmt.REF_SLOT_MASK
+        return slot < len(slots) and slots[slot][::2] == (digest, fmt.SLOT_PRESENT)
+
     def _still_there(self, txn: lmdb.Transaction, frame: int) -> bool:
         """Whether a frame is as it was when it was verified, no gc having changed it since."""
         record = txn.get(fmt.frame_key(frame), db=self.env.frames)
-        return record is not None and bytes(record[16 : 16 + len(self.tables[frame])]) == (
-            self.tables[frame]
+        return (
+            record is not None
+            and bytes(record[16 : 16 + len(self.tables[frame])]) == (self.tables[frame])
         )
 
     def _verify_no_dangling(self, txn: lmdb.Transaction) -> None:
@@ -239,10 +253,10 @@ class _Check:
         """The totals as one snapshot's frames give them. A damaged frame counts as it is kept."""
         counted = fmt.Totals(frame_next)
         for key, record in txn.cursor(db=self.env.frames):
-            frame = fmt.decode_frame_key(key)
             try:
+                frame = fmt.decode_frame_key(key)
                 header = fmt.decode_frame_header(record, frame)
-            except ChunkDamagedError:
+            except StoreDamagedError:
                 continue
             present = sum(slot.state == fmt.SLOT_PRESENT for slot in header.slots)
             counted = replace(
@@ -255,30 +269,39 @@ class _Check:
             )
         return counted
 
-    # --- images, manifests, drafts -----------------------------------------------------------------
+    # --- images, manifests, drafts ---
 
     def verify_images(self, txn: lmdb.Transaction) -> None:
         """Every name has its manifest, every manifest its chunks and its digest."""
         names: dict[bytes, list[str]] = {}
         for key, record in txn.cursor(db=self.env.images):
             self.images += 1
+            name = None
             try:
                 name = catalog.decode_name(key)
                 image = fmt.decode_image(record, bytes(key))
             except StoreDamagedError as error:
-                self._find("images", str(error))
+                self._find("images", str(error), image=name)
                 continue
             names.setdefault(image.digest, []).append(name)
             if txn.get(image.digest, db=self.env.manifests) is None:
                 self._find("images", "has no manifest", image=name)
         for key, record in txn.cursor(db=self.env.manifests):
             digest = bytes(key)
-            called = names.get(digest) or [None]  # type: ignore[list-item]
-            for image in called:
-                self._verify_manifest(txn, digest, record, image)
+            for called in names.get(digest) or (None,):
+                self._verify_manifest(txn, digest, record, called)
+        self._find_unread_damage(txn)
+
+    def _find_unread_damage(self, txn: lmdb.Transaction) -> None:
+        """Damaged frames that no image reads yet: the next import would rely on their chunks."""
+        reported = {finding.chunk.partition(".")[0] for finding in self.findings if finding.chunk}
+        for frame, reason in self.damaged.items():
+            there = txn.get(fmt.frame_key(frame), db=self.env.frames) is not None
+            if there and str(frame) not in reported:
+                self._find("frames", reason, chunk=str(frame))
 
     def _verify_manifest(
-        self, txn: lmdb.Transaction, digest: bytes, record: memoryview, image: str | None
+        self, txn: lmdb.Transaction, digest: bytes, record: fmt.Buffer, image: str | None
     ) -> None:
         try:
             manifest = fmt.decode_manifest(record, digest)
@@ -334,15 +357,19 @@ class _Check:
             except StoreDamagedError as error:
                 self._find("drafts", str(error))
 
-    # --- repair ------------------------------------------------------------------------------------
+    # --- repair ---
 
     def repair(self) -> None:
         """Mend index and totals from the frames, and take damaged frames out of the index, so that
         the next import of their contents stores them anew instead of relying on them."""
         env = self.env
         with env.write() as txn:
+            for key in self._bad_keys:
+                txn.delete(key, db=env.frames)
             for frame in self.damaged:
-                self._quarantine(txn, frame)
+                # Under the write lock now: a gc may have removed it since it was found damaged.
+                if isinstance(self._verify_frame(frame), str):
+                    self._quarantine(txn, frame)
             if self._index_wrong:
                 self._rebuild_index(txn)
             try:
@@ -350,7 +377,7 @@ class _Check:
             except StoreDamagedError:
                 frame_next = 1
             write_totals(txn, env, self._count_totals(txn, frame_next))
-        mendable = ("index", "totals")
+        mendable = ("index", "totals", "frames")
         self.findings = [
             replace(finding, mended=True) if finding.what in mendable else finding
             for finding in self.findings
@@ -370,6 +397,9 @@ class _Check:
                 known[ref & fmt.REF_SLOT_MASK] = digest
         for digest in known.values():
             txn.delete(digest, db=self.env.chunks)
+        if not known:
+            txn.delete(fmt.frame_key(frame), db=self.env.frames)
+            return
         slots = [
             fmt.Slot(known[i], 0, fmt.SLOT_ABSENT) if i in known else fmt.DROPPED
             for i in range(max(known, default=-1) + 1)

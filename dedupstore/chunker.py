@@ -82,10 +82,11 @@ def segments_of_data(regions: Iterable[tuple[int, int]]) -> Iterator[Segment]:
     is cut the same way whether or not its file is sparse.
     """
     for start, end in regions:
-        while start < end:
-            stop = min(end, start - start % SEGMENT_BYTES + SEGMENT_BYTES)
-            yield Segment(start, stop - start)
-            start = stop
+        position = start
+        while position < end:
+            stop = min(end, position - position % SEGMENT_BYTES + SEGMENT_BYTES)
+            yield Segment(position, stop - position)
+            position = stop
 
 
 def cut_by_content(data: memoryview) -> Iterator[int]:
@@ -98,7 +99,8 @@ def cut_by_content(data: memoryview) -> Iterator[int]:
     for position in range(0, len(data), GRID_BYTES):
         block = data[position : position + GRID_BYTES]
         hashed = xxh3_64_intdigest(block)
-        if hashed == _ZERO_BLOCK_HASH and is_zero(block):
+        # A partial last block of zeros is a hole as well: in a sparse file it is one already.
+        if (hashed == _ZERO_BLOCK_HASH or len(block) < GRID_BYTES) and is_zero(block):
             if length:
                 yield length
                 length = 0

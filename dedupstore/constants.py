@@ -21,9 +21,10 @@ CHUNK_BYTES_MAX = 128 * KIB
 FRAME_BYTES_MAX = 256 * KIB
 
 # Content-defined cuts of images that are not EROFS: shortest chunk, and the mask over a block's
-# hash that ends one. On average a cut every 1 / 8 blocks beyond the shortest.
-CDC_BYTES_MIN = 16 * KIB
-CDC_MASK = 0x7
+# hash that ends one: on average a cut every 4 blocks beyond the shortest. Small, because chunks are
+# compressed in frames and so cost only their index entry (docs/decisions/0001-cuts.md).
+CDC_BYTES_MIN = 8 * KIB
+CDC_MASK = 0x3
 
 # Slots in a frame. A reference keeps 16 bits for the slot (format); the tighter bound keeps a
 # frame's slot table on the first of its LMDB pages.
@@ -39,7 +40,8 @@ COMPRESSION_GAIN_MIN = 16
 # that never has to grow its map never disturbs the processes that have it open.
 MAP_BYTES = 4 * TIB
 
-# Concurrent read transactions over all processes. One is held per chunk being loaded, not per client.
+# Concurrent read transactions over all processes. One is held per chunk being loaded, not per
+# client.
 LMDB_READERS_MAX = 1024
 
 # Longest image name in bytes of UTF-8. LMDB keys end at 511; NBD export names at 4096.

@@ -28,7 +28,7 @@ from dedupstore.errors import (
     StoreNotFoundError,
     StoreVersionError,
 )
-from dedupstore.pages import verify_header
+from dedupstore.pages import verify_header, verify_trees
 
 DATA_FILE = "data.mdb"
 DATABASES = ("meta", "frames", "chunks", "manifests", "images", "drafts")
@@ -43,6 +43,8 @@ _DAMAGE = (
     lmdb.IncompatibleError,
     lmdb.BadDbiError,
 )
+# Databases whose trees grow with the store's contents: walking them is for gc and check.
+_LARGE = frozenset({"frames", "chunks"})
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _open_paths: set[Path] = set()
@@ -77,6 +79,7 @@ class Environment:
     def __init__(self, directory: Path, *, create: bool = False) -> None:
         """Open `directory`. Raises the StoreNotFound/Access/Damaged/VersionError that fits."""
         self.path = directory / DATA_FILE
+        self._verified = False
         self._key = self.path.resolve()
         if not create:
             _require_file(self.path)
@@ -108,9 +111,7 @@ class Environment:
             )
             try:
                 self._lmdb.reader_check()
-                handles = [
-                    self._lmdb.open_db(name.encode(), create=create) for name in DATABASES
-                ]
+                handles = [self._lmdb.open_db(name.encode(), create=create) for name in DATABASES]
             except lmdb.NotFoundError:
                 self._lmdb.close()
                 raise StoreDamagedError(f"{self.path}: not a dedupstore store") from None
@@ -136,10 +137,21 @@ class Environment:
     @contextmanager
     def write(self) -> Iterator[lmdb.Transaction]:
         """The write transaction: durable when the block ends, rolled back when it raises."""
+        if not self._verified:
+            self.verify()
         with self._errors(), self._lmdb.begin(write=True, buffers=True) as txn:
             yield txn
 
-    def entries(self, txn: lmdb.Transaction, database: object) -> int:
+    def verify(self, *, thorough: bool = False) -> None:
+        """Walk the free list and the small trees, or with `thorough` every tree, and raise
+        StoreDamagedError unless LMDB can follow them. Called before the first write: on damaged
+        pages LMDB would overwrite what could still be saved, and gc delete what it does not see.
+        """
+        with self._errors(), self._lmdb.begin():  # no page of this snapshot is reused meanwhile
+            verify_trees(self.path, skip=frozenset() if thorough else _LARGE)
+        self._verified = True
+
+    def entries(self, txn: lmdb.Transaction, database: lmdb._Database) -> int:
         """Number of keys in a database."""
         return int(txn.stat(database)["entries"])
 

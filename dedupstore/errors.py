@@ -100,7 +100,7 @@ class ImageExistsError(DedupError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"image {name!r} exists already (remove it with 'dedupstore rm', or choose another name)"
+            f"image {name!r} exists already (choose another name, or 'dedupstore rm' it first)"
         )
         self.name = name
 

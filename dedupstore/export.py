@@ -86,9 +86,7 @@ def _opened(target: Path | None) -> Iterator[int]:
             partial.unlink(missing_ok=True)
 
 
-def _pieces(
-    store: Store, name: str, manifest: Manifest
-) -> Iterator[tuple[int, memoryview | int]]:
+def _pieces(store: Store, name: str, manifest: Manifest) -> Iterator[tuple[int, memoryview | int]]:
     """(offset, bytes, or the length of a hole) over the image, in order."""
     loader = store.loader()
     frames = _frames_in_order(manifest)
@@ -119,9 +117,7 @@ def _frames_in_order(manifest: Manifest) -> Iterator[int]:
             previous = frame
 
 
-def _next(
-    ahead: deque[tuple[int, Future[_Loaded]]], name: str, offset: int
-) -> tuple[int, _Loaded]:
+def _next(ahead: deque[tuple[int, Future[_Loaded]]], name: str, offset: int) -> tuple[int, _Loaded]:
     frame, future = ahead.popleft()
     try:
         return frame, future.result()
@@ -132,7 +128,8 @@ def _next(
 
 def _slice(loaded: _Loaded, ref: int, length: int, name: str, offset: int) -> memoryview:
     raw, offsets = loaded
-    at = offsets[ref & fmt.REF_SLOT_MASK]
+    slot = ref & fmt.REF_SLOT_MASK
+    at = offsets[slot] if slot < len(offsets) else fmt.NOT_HERE
     piece = memoryview(raw)[at : at + length]
     if len(piece) != length:
         error = ChunkDamagedError(

@@ -25,6 +25,9 @@ from xxhash import xxh3_64_intdigest
 
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError, StoreVersionError
 
+# What LMDB hands out: a memoryview of the map (declared as either by its stubs).
+Buffer = bytes | memoryview
+
 FORMAT_VERSION = 1
 
 # Feature flags, after composefs and ext4: a release refuses a store with an incompatible flag it
@@ -50,6 +53,7 @@ REF_SLOT_MASK = (1 << REF_SLOT_BITS) - 1
 REF_HOLE = 0
 
 _GUARD = struct.Struct("<Q")
+GUARD_BYTES = _GUARD.size
 _SUPER = struct.Struct("<8sHHIII16sQ")
 _TOTALS = struct.Struct("<QQQQQ")
 _FRAME = struct.Struct("<QBBHI")
@@ -84,7 +88,7 @@ def _guarded(body: bytes, seed: int = 0) -> bytes:
     return _GUARD.pack(xxh3_64_intdigest(body, seed)) + body
 
 
-def _unguarded(record: bytes | memoryview, what: str, seed: int = 0) -> memoryview:
+def _unguarded(record: Buffer, what: str, seed: int = 0) -> memoryview:
     view = memoryview(record)
     if len(view) < _GUARD.size:
         raise StoreDamagedError(f"{what} record has only {len(view)} bytes")
@@ -100,7 +104,7 @@ def _unpack(layout: struct.Struct, body: memoryview, what: str) -> tuple[object,
     return layout.unpack_from(body)
 
 
-# --- superblock and totals -------------------------------------------------------------------
+# --- superblock and totals ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ def encode_superblock(sb: Superblock) -> bytes:
     return _guarded(body)
 
 
-def decode_superblock(record: bytes | memoryview) -> Superblock:
+def decode_superblock(record: Buffer) -> Superblock:
     """Return the superblock; the caller decides with `check_superblock` whether it may go on."""
     body = _unguarded(record, "superblock")
     magic, version, _, compat, readonly_compat, incompat, uuid, created = _unpack(
@@ -186,12 +190,12 @@ def encode_totals(totals: Totals) -> bytes:
     )
 
 
-def decode_totals(record: bytes | memoryview) -> Totals:
+def decode_totals(record: Buffer) -> Totals:
     """Return the totals."""
     return Totals(*_unpack(_TOTALS, _unguarded(record, "totals"), "totals"))  # type: ignore[arg-type]
 
 
-# --- references and keys ---------------------------------------------------------------------
+# --- references and keys ---
 
 
 def frame_key(frame: int) -> bytes:
@@ -199,7 +203,7 @@ def frame_key(frame: int) -> bytes:
     return _FRAME_KEY.pack(frame)
 
 
-def decode_frame_key(key: bytes | memoryview) -> int:
+def decode_frame_key(key: Buffer) -> int:
     """Frame number of a key of database `frames`."""
     if len(key) != _FRAME_KEY.size:
         raise StoreDamagedError(f"frame key has {len(key)} bytes")
@@ -216,7 +220,7 @@ def encode_index(digest: bytes, ref: int) -> bytes:
     return _INDEX.pack(ref, xxh3_64_intdigest(digest, ref) & 0xFFFFFFFF)
 
 
-def decode_index(digest: bytes, value: bytes | memoryview) -> int:
+def decode_index(digest: bytes, value: Buffer) -> int:
     """Reference of a digest. The guard keeps a flipped bit from aliasing two chunks."""
     if len(value) != _INDEX.size:
         raise StoreDamagedError(f"index entry of chunk {bytes(digest).hex()[:16]} is malformed")
@@ -228,7 +232,7 @@ def decode_index(digest: bytes, value: bytes | memoryview) -> int:
     return int(ref)
 
 
-# --- frames ----------------------------------------------------------------------------------
+# --- frames ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +283,7 @@ class FrameHeader:
     payload_at: int
 
 
-def decode_frame_header(record: memoryview, frame: int) -> FrameHeader:
+def decode_frame_header(record: Buffer, frame: int) -> FrameHeader:
     """Parse the header without verifying the guard: for accounting, never for serving bytes."""
     if len(record) < _FRAME.size:
         raise ChunkDamagedError(frame, f"record has only {len(record)} bytes")
@@ -294,7 +298,7 @@ def decode_frame_header(record: memoryview, frame: int) -> FrameHeader:
     return FrameHeader(codec, raw_bytes, slots, payload_at)
 
 
-def verify_frame(record: memoryview, frame: int) -> None:
+def verify_frame(record: Buffer, frame: int) -> None:
     """Raise ChunkDamagedError unless the guard holds. Releases the GIL for all but tiny records."""
     if len(record) < _FRAME.size:
         raise ChunkDamagedError(frame, f"record has only {len(record)} bytes")
@@ -302,7 +306,7 @@ def verify_frame(record: memoryview, frame: int) -> None:
         raise ChunkDamagedError(frame, "stored bytes fail their checksum")
 
 
-def decode_frame_offsets(record: memoryview, frame: int) -> tuple[int, ...]:
+def decode_frame_offsets(record: Buffer, frame: int) -> tuple[int, ...]:
     """Each slot's offset in a verified record's raw bytes, and the end.
 
     A slot whose bytes are not here gets NOT_HERE, so that a slice taken there comes out empty and
@@ -325,7 +329,7 @@ def decode_frame_offsets(record: memoryview, frame: int) -> tuple[int, ...]:
 
 
 def decode_frame_payload(
-    record: memoryview, frame: int, decompressor: zstandard.ZstdDecompressor
+    record: Buffer, frame: int, decompressor: zstandard.ZstdDecompressor
 ) -> bytes:
     """Raw bytes of a verified record: the present slots' contents, one behind the other."""
     _, codec, _, count, raw_bytes = _FRAME.unpack_from(record)
@@ -348,7 +352,7 @@ def decode_frame_payload(
     return raw
 
 
-# --- manifests -------------------------------------------------------------------------------
+# --- manifests ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,17 +398,17 @@ def encode_manifest(manifest: ManifestRecord, digest: bytes) -> bytes:
     return _guarded(header + zstandard.ZstdCompressor(level=3).compress(columns))
 
 
-def decode_manifest_summary(record: bytes | memoryview, digest: bytes) -> ManifestRecord:
+def decode_manifest_summary(record: Buffer, digest: bytes) -> ManifestRecord:
     """The counters alone, columns left empty; verified all the same."""
     return _decode_manifest(record, digest, columns=False)
 
 
-def decode_manifest(record: bytes | memoryview, digest: bytes) -> ManifestRecord:
+def decode_manifest(record: Buffer, digest: bytes) -> ManifestRecord:
     """Return the manifest; its columns agree with each other and with `size`."""
     return _decode_manifest(record, digest, columns=True)
 
 
-def _decode_manifest(record: bytes | memoryview, digest: bytes, *, columns: bool) -> ManifestRecord:
+def _decode_manifest(record: Buffer, digest: bytes, *, columns: bool) -> ManifestRecord:
     what = f"manifest {digest.hex()[:16]}"
     body = _unguarded(record, what)
     tag, version, _, runs, size, chunks, unique_bytes, zero_bytes = _unpack(_MANIFEST, body, what)
@@ -473,12 +477,12 @@ class ImageDigest:
         return self._hash.digest()
 
 
-# --- images and drafts -----------------------------------------------------------------------
+# --- images and drafts ---
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """What a name stands for. `kind` is one of the KIND_ constants; `size` repeats the manifest's."""
+    """What a name stands for. `kind` is a KIND_ constant; `size` repeats the manifest's."""
 
     digest: bytes
     size: int
@@ -497,7 +501,7 @@ def encode_image(image: ImageRecord, name: bytes) -> bytes:
     return _guarded(body, xxh3_64_intdigest(name))
 
 
-def decode_image(record: bytes | memoryview, name: bytes) -> ImageRecord:
+def decode_image(record: Buffer, name: bytes) -> ImageRecord:
     """Return the record of a name."""
     what = f"image {name.decode(errors='replace')!r}"
     body = _unguarded(record, what, xxh3_64_intdigest(name))
@@ -509,7 +513,7 @@ def draft_key(session: bytes, sequence: int) -> bytes:
     return _DRAFT_KEY.pack(session, sequence)
 
 
-def draft_session(key: bytes | memoryview) -> bytes:
+def draft_session(key: Buffer) -> bytes:
     """Session id of a key of database `drafts`."""
     return bytes(key[:16])
 
@@ -519,7 +523,7 @@ def encode_draft(refs: Iterable[int]) -> bytes:
     return _guarded(array("Q", refs).tobytes())
 
 
-def decode_draft(record: bytes | memoryview) -> array[int]:
+def decode_draft(record: Buffer) -> array[int]:
     """References of a draft."""
     body = _unguarded(record, "draft")
     if len(body) % 8:

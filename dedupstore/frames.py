@@ -42,7 +42,7 @@ class Codecs:
         self._compressors.append(compressor)
         return record
 
-    def decode(self, record: memoryview, frame: int) -> bytes:
+    def decode(self, record: fmt.Buffer, frame: int) -> bytes:
         """Raw bytes of a verified record. Releases the GIL while it decompresses."""
         decompressor = (
             self._decompressors.pop() if self._decompressors else zstandard.ZstdDecompressor()
@@ -142,7 +142,11 @@ class FrameWriter:
         totals = self._totals
         frame = totals.frame_next
         fmt.seal_frame(new.record, frame)
-        self._txn.put(fmt.frame_key(frame), new.record, db=self._env.frames, append=True)
+        if not self._txn.put(fmt.frame_key(frame), new.record, db=self._env.frames, append=True):
+            raise StoreDamagedError(
+                f"{self._env.path}: holds a frame beyond number {frame} "
+                "(run 'dedupstore check --repair')"
+            )
         for slot, entry in enumerate(new.slots):
             value = fmt.encode_index(entry.digest, fmt.make_ref(frame, slot))
             self._txn.put(entry.digest, value, db=self._env.chunks)
@@ -172,13 +176,14 @@ class FrameWriter:
         kept = len(dead) < len(header.slots)
         if kept and not gone:
             return Dropped(0, 0, removed=False)
+        indexed = self._indexed_slots(record, header, frame)
         before, after, raw_after = len(record), 0, 0
         fresh = None
         if kept:
             fresh, raw_after = _without(record, header, frame, dead, codecs)
             after = len(fresh)
         # `record` lies in the map and is not valid after the first change below.
-        for slot in gone:
+        for slot in gone & indexed:
             self._txn.delete(header.slots[slot].digest, db=self._env.chunks)
         if fresh is None:
             self._txn.delete(key, db=self._env.frames)
@@ -194,13 +199,33 @@ class FrameWriter:
         )
         return Dropped(len(gone), before - after, removed=not kept)
 
+    def _indexed_slots(
+        self, record: fmt.Buffer, header: fmt.FrameHeader, frame: int
+    ) -> set[int]:
+        """The slots that the index knows to be in this frame.
+
+        A damaged header would leave index entries behind that lead nowhere, and imports would rely
+        on them: where header and index disagree the record must prove sound. Raises
+        ChunkDamagedError. In a sound one a chunk may have been stored again elsewhere.
+        """
+        indexed, present, raw_bytes = set(), set(), 0
+        for i, slot in enumerate(header.slots):
+            if find_chunk(self._txn, self._env, slot.digest) == fmt.make_ref(frame, i):
+                indexed.add(i)
+            if slot.state == fmt.SLOT_PRESENT:
+                present.add(i)
+                raw_bytes += slot.length
+        if indexed != present or raw_bytes != header.raw_bytes:
+            fmt.verify_frame(record, frame)
+        return indexed
+
     def close(self) -> None:
         """Write the totals; the last step before the transaction commits."""
         write_totals(self._txn, self._env, self._totals)
 
 
 def _without(
-    record: memoryview, header: fmt.FrameHeader, frame: int, gone: set[int], codecs: Codecs
+    record: fmt.Buffer, header: fmt.FrameHeader, frame: int, gone: set[int], codecs: Codecs
 ) -> tuple[bytearray, int]:
     """A sealed record without the chunks in `gone`, and its raw length."""
     fmt.verify_frame(record, frame)

@@ -2,7 +2,7 @@
 
 Mark and sweep over packed references. Marking reads a snapshot and blocks nobody. Sweeping runs in
 write transactions of bounded length; each of them first marks whatever became a root since (all
-roots are committed in write transactions or held as leases, so none can be missed) and then deletes.
+roots are committed in write transactions or held as leases, so none can be missed), then deletes.
 Returns typed results, prints nothing. One gc at a time is useful; several at once are safe.
 
 Partly needed frames are rewritten without their dead chunks; the others keep their slots, so no
@@ -101,9 +101,11 @@ class Collector:
             dry_run,
         )
 
-    # --- mark ------------------------------------------------------------------------------------
+    # --- mark ---
 
-    def _mark_roots(self, txn: lmdb.Transaction, reclaim: Reclaim) -> tuple[list[bytes], list[bytes]]:
+    def _mark_roots(
+        self, txn: lmdb.Transaction, reclaim: Reclaim
+    ) -> tuple[list[bytes], list[bytes]]:
         """Mark everything that is needed and not marked yet; return the manifests and draft keys
         that nobody needs. Those are claimed: nobody can come to need them while `reclaim` lives.
         """
@@ -160,17 +162,17 @@ class Collector:
                     self._rewritten += 1
                     self._bytes += self._dead_share(record, frame, mask)
 
-    def _dead_share(self, record: memoryview, frame: int, mask: int) -> int:
+    def _dead_share(self, record: fmt.Buffer, frame: int, mask: int) -> int:
         """Stored bytes of a frame in proportion to its dead chunks' raw bytes."""
         header = fmt.decode_frame_header(record, frame)
         dead = mask & ~self._marks.live.get(frame, 0)
         lost = sum(slot.length for i, slot in enumerate(header.slots) if dead >> i & 1)
         return len(record) * lost // max(header.raw_bytes, 1)
 
-    # --- sweep -----------------------------------------------------------------------------------
+    # --- sweep ---
 
     def _sweep(self, dead: dict[int, int], on_progress: Callable[[int, int], None]) -> None:
-        """Delete dead frames first, which needs almost no room even on a full disk, then rewrite."""
+        """Delete dead frames first, which needs next to no room on a full disk, then rewrite."""
         live = self._marks.live
         self._sweep_batch([])
         whole = [frame for frame, mask in dead.items() if not mask & live.get(frame, 0)]

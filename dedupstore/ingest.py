@@ -1,20 +1,14 @@
-"""Writing an image into the store: cut, hash, look up, compress, commit.
+"""Reading an image into the store: cut, hash, look up, compress.
 
-Owns the import's pipeline and its crash rules. Worker threads read and hash segments and compress
-frames (both release the GIL); the calling thread keeps the order and is the only one that writes.
+Owns the import's pipeline; `staging` owns what is written and the crash rules. Worker threads read
+and hash segments and compress frames (both release the GIL); the calling thread keeps the order.
 One `Ingest` serves one import and one calling thread; any number of imports, in any number of
 processes, may run on one store.
-
-Crash rules (docs/format.md, "Write order"): every batch commits its frames together with a *draft*,
-the list of references that the unfinished manifest relies on. Drafts are roots for gc as long as the
-import's session lease is held, and garbage as soon as it is not. The last transaction writes
-manifest and name and removes the drafts, so an image exists completely or not at all.
 """
 
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from array import array
 from collections import deque
@@ -22,10 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import lmdb
 from blake3 import blake3
 
-from dedupstore import catalog
 from dedupstore import format as fmt
 from dedupstore.chunker import (
     Segment,
@@ -34,24 +26,16 @@ from dedupstore.chunker import (
     segments_of_data,
     segments_of_extents,
 )
-from dedupstore.constants import BATCH_BYTES, FRAME_SLOTS_MAX, SEGMENT_BYTES
+from dedupstore.constants import FRAME_SLOTS_MAX
 from dedupstore.env import Environment
 from dedupstore.erofs import file_extents, is_erofs
 from dedupstore.errors import ErofsError, SourceError
-from dedupstore.frames import (
-    Codecs,
-    FrameBuilder,
-    FrameWriter,
-    NewFrame,
-    encode_new,
-    find_chunk,
-)
+from dedupstore.frames import Codecs, FrameBuilder, NewFrame, encode_new, find_chunk
 from dedupstore.leases import Leases, session_byte
 from dedupstore.sources import Source
+from dedupstore.staging import Reused, Staging, provisional_ref
 
-# A reference to a frame of this import that has no number yet: its position in the import, marked.
-_PROVISIONAL = 1 << 63
-# Bytes that may be read ahead of the calling thread, and frames that may wait to be stored.
+# Segments that may be hashed ahead of the calling thread, and frames that may wait for compression.
 _SEGMENTS_AHEAD = 6
 _FRAMES_AHEAD = 32
 
@@ -80,16 +64,6 @@ class _Hashed:
     digest: bytes
     ref: int = 0
     data: bytes = b""
-
-
-@dataclass(slots=True)
-class _Reused:
-    """A stored chunk that this import relies on, and where its bytes are should it vanish."""
-
-    digest: bytes
-    ref: int
-    offset: int
-    length: int
 
 
 def plan(source: Source) -> tuple[int, Iterable[Segment]]:
@@ -122,17 +96,11 @@ class Ingest:
         self._digest = fmt.ImageDigest()
         self._known: dict[bytes, int] = {}
         self._unique_bytes = self._zero_bytes = 0
-        # Frames by their provisional number: real number once stored.
-        self._frame_numbers = array("Q")
-        self._moved: dict[int, int] = {}
         self._builder = FrameBuilder(FRAME_SLOTS_MAX)
         self._builder_frame = 0
         self._encoding: deque[tuple[int, Future[NewFrame]]] = deque()
-        self._batch: list[tuple[int, NewFrame]] = []
-        self._batch_bytes = 0
-        self._reused: list[_Reused] = []
-        self._drafts = 0
-        self._new_chunks = self._new_bytes = self._stored_bytes = 0
+        self._staging = Staging(env, source, self._codecs, self._session)
+        self._new_chunks = self._new_bytes = 0
 
     def run(self, name: str, on_progress: Callable[[int], None]) -> Imported:
         """Import the source as image `name`; `on_progress` gets the bytes done since the last call.
@@ -154,9 +122,10 @@ class Ingest:
             return self._commit_image(name, kind)
         finally:
             pool.shutdown(cancel_futures=True)
+            self._staging.close()
             self._leases.release(session_byte(self._session))
 
-    # --- workers -------------------------------------------------------------------------------
+    # --- workers ---
 
     def _hash_ahead(
         self, pool: ThreadPoolExecutor, segments: Iterable[Segment]
@@ -202,7 +171,7 @@ class Ingest:
                     chunks.append(_Hashed(length, digest, 0, bytes(piece)))
         return chunks
 
-    # --- the calling thread: image order ---------------------------------------------------------
+    # --- the calling thread: image order ---
 
     def _absorb_hole(self, length: int) -> None:
         if length <= 0:
@@ -225,7 +194,7 @@ class Ingest:
         if ref is None:
             ref = chunk.ref
             if ref:
-                self._reused.append(_Reused(chunk.digest, ref, self._position, chunk.length))
+                self._staging.reuse(Reused(chunk.digest, ref, self._position, chunk.length))
             else:
                 ref = self._add_new(pool, chunk)
             self._known[chunk.digest] = ref
@@ -241,101 +210,29 @@ class Ingest:
         slot = self._builder.add(chunk.digest, chunk.data)
         self._new_chunks += 1
         self._new_bytes += chunk.length
-        return _PROVISIONAL | fmt.make_ref(self._builder_frame, slot)
+        return provisional_ref(self._builder_frame, slot)
 
     def _submit_frame(self, pool: ThreadPoolExecutor) -> None:
         slots, parts = self._builder.take()
         future = pool.submit(encode_new, self._codecs, slots, parts)
         self._encoding.append((self._builder_frame, future))
-        self._frame_numbers.append(0)
         self._builder_frame += 1
         while self._encoding and (
             len(self._encoding) > _FRAMES_AHEAD or self._encoding[0][1].done()
         ):
-            self._stage(*self._encoding.popleft())
-
-    def _stage(self, provisional: int, future: Future[NewFrame]) -> None:
-        frame = future.result()
-        self._batch.append((provisional, frame))
-        self._batch_bytes += len(frame.record)
-        if self._batch_bytes >= BATCH_BYTES:
-            with self._env.write() as txn:
-                refs = self._store_batch(txn)
-                key = fmt.draft_key(self._session, self._drafts)
-                txn.put(key, fmt.encode_draft(refs), db=self._env.drafts)
-            self._drafts += 1
+            frame, future = self._encoding.popleft()
+            self._staging.add(frame, future.result())
 
     def _finish_frames(self, pool: ThreadPoolExecutor) -> None:
         if self._builder:
             self._submit_frame(pool)
         while self._encoding:
-            self._stage(*self._encoding.popleft())
-
-    # --- inside a write transaction ----------------------------------------------------------------
-
-    def _store_batch(self, txn: lmdb.Transaction) -> list[int]:
-        """Store the staged frames and make sure of the reused chunks; return all their references."""
-        writer = FrameWriter(txn, self._env)
-        refs = [self._confirm(txn, writer, reused) for reused in self._reused]
-        for provisional, frame in self._batch:
-            refs += self._store_frame(txn, writer, provisional, frame)
-        writer.close()
-        self._batch, self._batch_bytes, self._reused = [], 0, []
-        return refs
-
-    def _confirm(self, txn: lmdb.Transaction, writer: FrameWriter, reused: _Reused) -> int:
-        """The chunk's reference now: a gc may have reclaimed it since a worker looked it up."""
-        ref = find_chunk(txn, self._env, reused.digest)
-        if ref is None:
-            data = self._source.read_at(reused.offset, reused.length)
-            if blake3(data).digest() != reused.digest:
-                raise SourceError(f"{self._source.name}: changed while it was imported")
-            new = encode_new(self._codecs, (fmt.Slot(reused.digest, len(data)),), [data])
-            ref = fmt.make_ref(self._write(writer, new), 0)
-        if ref != reused.ref:
-            self._moved[reused.ref] = ref
-        return ref
-
-    def _store_frame(
-        self, txn: lmdb.Transaction, writer: FrameWriter, provisional: int, frame: NewFrame
-    ) -> list[int]:
-        """Store a frame; return its chunks' references.
-
-        Should another import have stored some of its chunks meanwhile, those are used and the
-        others go into frames of their own: a chunk is in a store once.
-        """
-        found = [find_chunk(txn, self._env, slot.digest) for slot in frame.slots]
-        if not any(found):
-            number = self._write(writer, frame)
-            self._frame_numbers[provisional] = number
-            return [fmt.make_ref(number, slot) for slot in range(len(found))]
-        view = memoryview(frame.record)
-        raw = self._codecs.decode(view, 0)
-        offsets = fmt.decode_frame_offsets(view, 0)
-        refs = []
-        for i, (slot, ref) in enumerate(zip(frame.slots, found, strict=True)):
-            if ref is None:
-                data = raw[offsets[i] : offsets[i] + slot.length]
-                ref = fmt.make_ref(self._write(writer, encode_new(self._codecs, (slot,), [data])), 0)
-            self._moved[_PROVISIONAL | fmt.make_ref(provisional, i)] = ref
-            refs.append(ref)
-        return refs
-
-    def _write(self, writer: FrameWriter, frame: NewFrame) -> int:
-        self._stored_bytes += len(frame.record)
-        return writer.store(frame)
+            frame, future = self._encoding.popleft()
+            self._staging.add(frame, future.result())
 
     def _commit_image(self, name: str, kind: int) -> Imported:
         digest = self._digest.finish()
-        with self._env.write() as txn:
-            self._store_batch(txn)
-            manifest = self._manifest()
-            if txn.get(digest, db=self._env.manifests) is None:
-                txn.put(digest, fmt.encode_manifest(manifest, digest), db=self._env.manifests)
-            image = fmt.ImageRecord(digest, manifest.size, time.time_ns(), kind)
-            catalog.add_image(txn, self._env, name, image)
-            for sequence in range(self._drafts):
-                txn.delete(fmt.draft_key(self._session, sequence), db=self._env.drafts)
+        manifest = self._staging.commit_image(name, kind, digest, self._manifest)
         return Imported(
             digest,
             manifest.size,
@@ -345,15 +242,14 @@ class Ingest:
             manifest.zero_bytes,
             self._new_chunks,
             self._new_bytes,
-            self._stored_bytes,
+            self._staging.stored_bytes,
         )
 
-    def _manifest(self) -> fmt.ManifestRecord:
-        """The finished image's columns: real references, consecutive slots merged into runs."""
+    def _manifest(self, resolve: Callable[[int], int]) -> fmt.ManifestRecord:
+        """The finished image's columns: final references, consecutive slots merged into runs."""
         lengths, refs, counts = array("Q"), array("Q"), array("I")
         follows = -1
-        for length, provisional in zip(self._lengths, self._refs, strict=True):
-            ref = self._resolve(provisional)
+        for length, ref in zip(self._lengths, map(resolve, self._refs), strict=True):
             if ref == follows:
                 lengths[-1] += length
                 counts[-1] += 1
@@ -371,12 +267,3 @@ class Ingest:
             refs,
             counts,
         )
-
-    def _resolve(self, ref: int) -> int:
-        moved = self._moved.get(ref)
-        if moved is not None:
-            return moved
-        if not ref & _PROVISIONAL:
-            return ref
-        frame = (ref & ~_PROVISIONAL) >> fmt.REF_SLOT_BITS
-        return fmt.make_ref(self._frame_numbers[frame], ref & fmt.REF_SLOT_MASK)

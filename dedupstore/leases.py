@@ -6,8 +6,8 @@ when its holder closes the file, exits, is killed or the machine reboots; it tak
 that images can be opened on a full disk.
 
 Holders take shared locks. gc takes the exclusive lock, without waiting, on what it is about to
-delete and keeps it until its deletion is committed; a holder that comes meanwhile waits for that and
-then looks the image up again. docs/concurrency.md has the interleavings. Two digests that share
+delete and keeps it until its deletion is committed; a holder that comes meanwhile waits for that
+and then looks the image up again. docs/concurrency.md has the interleavings. Two digests that share
 their first 62 bits share a lease, which only keeps something longer.
 
 `Leases` is thread-safe; one serves a whole process. It must not be used across a fork: the child
@@ -107,7 +107,7 @@ class Reclaim:
     def claim(self, byte: int) -> bool:
         """Take `byte` exclusively until the block ends; False when somebody has a lease on it."""
         try:
-            self._leases._set(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)  # noqa: SLF001
+            self._leases._set(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
         except (BlockingIOError, PermissionError):
             return False
         return True

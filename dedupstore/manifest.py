@@ -34,7 +34,7 @@ class Manifest:
         return bisect_right(self.starts, offset) - 1
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(start, length, reference) of the runs that [offset, offset+length) touches, unclipped."""
+        """(start, length, reference) of the runs that touch [offset, offset+length), unclipped."""
         if length <= 0 or offset >= self.size:
             return
         starts, refs = self.starts, self.refs

@@ -28,9 +28,10 @@ it refuses to open a file (MDB_INVALID) unless *both* have the magic, version an
 by the page size in page 0; takes the higher transaction, with no checksum and no second opinion;
 and while another process has the store open, it takes page (transaction % 2) instead. A flipped
 transaction number therefore silently revives the snapshot before the last commit, which the next
-commit makes final. Hence we ask for two valid pages that are one transaction apart. A torn meta
-page is no false alarm: a commit rewrites only the *older* one, in one write of 120 bytes whose last
-field is the transaction.
+commit makes final. Hence we ask for two valid pages that are one transaction apart, as commits
+leave them (which one flip in 64 escapes: 10 and 11 may become 10 and 9). A torn meta page is no
+false alarm: a commit rewrites only the *older* one, in one write of 120 bytes whose last field is
+the transaction.
 
 A healthy file may be shorter than its last page (`mdb.c`: "the file may be shorter if the freeDB
 lists the final pages"): pages allocated and given back within one transaction are never written.
@@ -41,6 +42,7 @@ and N+1 gives up are reused at the earliest by transaction N+3, which begins aft
 So whatever was read while no meta page said N+2 or more was read from an intact snapshot N.
 """
 
+import contextlib
 import enum
 import os
 import stat
@@ -76,6 +78,7 @@ _FREE_LIST_CHUNK_BYTES: Final = 1 << 20
 _PROGRESS_PAGES: Final = 4096
 _WALK_ATTEMPTS: Final = 5
 _HEADER_ATTEMPTS: Final = 100
+_META_READS: Final = 1000
 _CREATION_WAITS: Final = (0.002, 0.01, 0.05)  # seconds
 
 _BRANCH: Final = 0x01
@@ -103,6 +106,7 @@ _NODE: Final = struct.Struct("<IHH")
 _U64: Final = struct.Struct("<Q")
 _HEADER_BYTES: Final = _PAGE.size
 _META_BYTES: Final = _HEADER_BYTES + _META_BODY.size
+_PAGE_BYTES_AT: Final = slice(_HEADER_BYTES + 24, _HEADER_BYTES + 28)  # the free list's pad
 
 if (_PAGE.size, _RUN.size, _RECORD.size, _META_BODY.size, _NODE.size) != (16, 16, 48, 136, 8):
     raise AssertionError("a format string disagrees with the tables above")
@@ -154,14 +158,12 @@ def verify_header(path: str | os.PathLike[str]) -> None:
     """
     with _DataFile(path) as file:
         for _ in range(_HEADER_ATTEMPTS):
-            metas = file.metas()
-            try:
-                _verify_header(file, metas)
-                return
-            except _Fault as fault:
-                if not file.overtaken(metas):
-                    raise _damaged(path, fault) from None
-        # Other processes commit faster than we read a root page: LMDB works well on this file.
+            with contextlib.suppress(_OvertakenError):
+                fault = _header_fault(file)
+                if fault is None:
+                    return
+                raise _damaged(path, fault)
+        # Other processes commit faster than we read a few pages: LMDB works well on this file.
 
 
 def verify_pages(
@@ -187,24 +189,44 @@ def verify_pages(
     ends the walk and reaches the caller. Memory: 2 bits a page of the file, plus one path of a
     tree, the databases' names and at most FINDINGS_MAX findings. Bad content never raises.
 
-    Raises StoreAccessError: the file cannot be opened, or is written to too fast to be walked.
+    Raises StoreAccessError: the file cannot be opened, or is written to too fast to be walked;
+    StoreDamagedError: the disk fails to read the meta pages (other pages become findings).
     """
     with _DataFile(path) as file:
         for _ in range(_WALK_ATTEMPTS):
-            metas = file.metas()
-            walk = _Walk(
-                file, metas, file.size(), on_progress=on_progress, snapshot_held=snapshot_held
-            )
+            walk = None
             try:
+                metas = file.metas()
+                walk = _Walk(
+                    file, metas, file.size(), on_progress=on_progress, snapshot_held=snapshot_held
+                )
                 walk.run()
                 return walk.report()
             except _OvertakenError:
-                if walk.findings:  # made while the snapshot was intact: they stand
+                if walk is not None and walk.findings:  # the snapshot was intact: they stand
                     return walk.report()
     raise StoreAccessError(
         f"{os.fspath(path)}: written to faster than it can be checked "
         "(stop the writers, or check while holding a read transaction)"
     )
+
+
+def verify_trees(path: str | os.PathLike[str], *, skip: frozenset[str] = frozenset()) -> None:
+    """Walk the newest snapshot's trees like `verify_pages`, except the databases named in `skip`,
+    and raise on the first thing wrong. For a caller that is about to write, in LMDB's hands: a free
+    list that names a page in use makes the next commit destroy it.
+
+    The caller holds an LMDB read transaction or the write lock. May be called from any thread.
+
+    Raises StoreDamagedError as `verify_header` does. StoreAccessError: the file cannot be opened.
+    """
+    with _DataFile(path) as file:
+        # Length after meta pages: a file that grows meanwhile is never too short.
+        metas = file.metas()
+        walk = _Walk(file, metas, file.size(), on_progress=None, snapshot_held=True)
+        walk.run(skip)
+        for finding in walk.findings:
+            raise _damaged(path, _Fault(f"(of {finding.database}) {finding.reason}", finding.page))
 
 
 class _Fault(Exception):  # noqa: N818 (not an error of the program: it becomes a finding)
@@ -280,19 +302,19 @@ _Metas = tuple[_Meta | _Fault, _Meta | _Fault]
 class _DataFile:
     """The open file. `size` is read anew at each call: a live file grows, it never shrinks."""
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_fd", "_path")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
         try:
             # Without O_NONBLOCK a FIFO in the file's place would hang us.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise StoreAccessError(
-                f"{os.fspath(path)}: cannot be opened: {error.strerror}"
-            ) from error
+            raise StoreAccessError(f"{self._path}: cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.close(self._fd)
-            raise StoreAccessError(f"{os.fspath(path)}: is not a regular file")
+            raise StoreAccessError(f"{self._path}: is not a regular file")
+        self._await_creation()
 
     def __enter__(self) -> Self:
         return self
@@ -316,49 +338,54 @@ class _DataFile:
         except OSError as error:
             raise _Fault(f"cannot be read: {error.strerror}") from error
 
-    def metas(self) -> _Metas:
-        """Both meta pages, each parsed or the fault that prevents it.
-
-        LMDB creates the file with both pages in one write, which we may meet half done: only then
-        is it shorter than two pages, so only then is waiting worthwhile.
-        """
-        metas = self._read_metas()
+    def _await_creation(self) -> None:
+        """Let another process finish the one write that creates both meta pages."""
         for wait in _CREATION_WAITS:
-            if not isinstance(metas[1], _Fault) or self.size() >= 2 * PAGE_BYTES_ALLOWED[0]:
-                break
+            if self.size() >= 2 * PAGE_BYTES_ALLOWED[0]:
+                return
             time.sleep(wait)
-            metas = self._read_metas()
-        return metas
 
-    def _read_metas(self) -> _Metas:
-        first = self._meta(0, 0)
-        if isinstance(first, _Meta):
-            return first, self._meta(1, first.page_bytes)
-        # LMDB gives up here. We look on, to say what is left: page 1 knows its own place.
-        second: _Meta | _Fault = first
-        for page_bytes in PAGE_BYTES_ALLOWED:
-            second = self._meta(1, page_bytes)
-            if isinstance(second, _Meta) and second.page_bytes == page_bytes:
-                break
-        return first, second
+    def metas(self) -> _Metas:
+        """Both meta pages as they were at one instant, each parsed, or the fault that prevents it.
 
-    def _meta(self, index: int, offset: int) -> _Meta | _Fault:
+        Commits between the first read and the second would pair a page with one far newer, and a
+        read may meet a write half done. Transactions only grow: a pair that reads the same twice
+        in a row was there, whole and together, in between.
+        Raises _OvertakenError: they change faster than they can be read.
+        """
+        data = self._read_metas()
+        for _ in range(_META_READS):
+            before, data = data, self._read_metas()
+            if before == data:
+                return _parse_metas(data)
+        raise _OvertakenError
+
+    def _read_metas(self) -> list[bytes]:
+        """Meta page 0, then page 1 at each place it may have: one, unless page 0 is damaged.
+
+        Raises StoreDamagedError: the disk fails.
+        """
         try:
-            data = self.read(offset, _META_BYTES)
-            # A second look: one that met a write half done differs from the next.
-            while data != (again := self.read(offset, _META_BYTES)):
-                data = again
-            return _parse_meta(index, data)
-        except _Fault as fault:
-            fault.page = index
-            return fault
+            first = os.pread(self._fd, _META_BYTES, 0)
+            page_bytes = first[_PAGE_BYTES_AT] if len(first) == _META_BYTES else b""
+            named = [at for at in PAGE_BYTES_ALLOWED if at.to_bytes(4, "little") == page_bytes]
+            places = named or PAGE_BYTES_ALLOWED
+            return [first, *(os.pread(self._fd, _META_BYTES, place) for place in places)]
+        except OSError as error:
+            raise StoreDamagedError(
+                f"{self._path}: the meta pages cannot be read: {error.strerror} "
+                "(restore this file from a copy, on another disk)"
+            ) from error
 
-    def overtaken(self, before: _Metas) -> bool:
-        """Whether pages of the snapshot that was newest in `before` may have been reused since."""
-        old, new = _newest(before), _newest(self._read_metas())
+    def check_intact(self, metas: _Metas) -> None:
+        """Raise _OvertakenError if pages of the newest snapshot in `metas` may have been reused."""
+        old, new = _newest(metas), _newest(self.metas())
         if old is None or new is None:
-            return (old is None) != (new is None)
-        return new.transaction - old.transaction >= 2
+            moved = old is not new
+        else:
+            moved = new.transaction - old.transaction >= 2
+        if moved:
+            raise _OvertakenError
 
 
 def _parse_meta(index: int, data: bytes) -> _Meta:
@@ -382,6 +409,25 @@ def _parse_meta(index: int, data: bytes) -> _Meta:
     )
 
 
+def _parse_metas(data: list[bytes]) -> _Metas:
+    """Parse page 0, and of the candidates for page 1 the one that knows its own place."""
+
+    def parse(index: int, page: bytes) -> _Meta | _Fault:
+        try:
+            return _parse_meta(index, page)
+        except _Fault as fault:
+            fault.page = index
+            return fault
+
+    first, *candidates = data
+    seconds = [parse(1, page) for page in candidates]
+    if len(seconds) > 1:
+        for second, page_bytes in zip(seconds, PAGE_BYTES_ALLOWED, strict=True):
+            if isinstance(second, _Meta) and second.page_bytes == page_bytes:
+                return parse(0, first), second
+    return parse(0, first), seconds[0]
+
+
 def _newest(metas: _Metas) -> _Meta | None:
     """The meta page LMDB would use, or the only valid one."""
     valid = [meta for meta in metas if isinstance(meta, _Meta)]
@@ -400,7 +446,7 @@ def _meta_faults(metas: _Metas, size: int) -> Iterator[_Fault]:
     needed = (newest.last_page + 1) * newest.page_bytes
     if newest.last_page < _METAS - 1 or newest.last_page >= _PAGES_MAX:
         yield _Fault(f"names an impossible last page ({newest.last_page})", newest.index)
-    elif newest.last_page > _last_page_max(newest, size):
+    elif size < _METAS * newest.page_bytes or newest.last_page > _last_page_max(newest, size):
         yield _Fault(f"truncated: has {size} bytes, needs {needed}")
     for fault in metas:
         if isinstance(fault, _Fault):
@@ -441,6 +487,17 @@ def _pair_faults(first: _Meta, second: _Meta) -> Iterator[_Fault]:
         )
 
 
+def _header_fault(file: _DataFile) -> _Fault | None:
+    """The first thing wrong. Raises _OvertakenError: it could not be trusted."""
+    metas = file.metas()
+    try:
+        _verify_header(file, metas)
+    except _Fault as fault:
+        file.check_intact(metas)
+        return fault
+    return None
+
+
 def _verify_header(file: _DataFile, metas: _Metas) -> None:
     """Raises _Fault with the first thing wrong."""
     # The length is taken after the meta pages, so a file that grows meanwhile is never too short.
@@ -469,8 +526,10 @@ def _verify_header(file: _DataFile, metas: _Metas) -> None:
 
 def _check_tail(file: _DataFile, metas: _Metas, meta: _Meta, size: int) -> None:
     """Raise _Fault unless every page that a file of `size` bytes lacks is on the free list."""
-    walk = _Walk(file, metas, size, on_progress=None, snapshot_held=True)  # see our caller's caller
-    walk.walk_free_list()
+    # Not that it is held, but our caller looks whether the snapshot stayed intact.
+    walk = _Walk(file, metas, size, on_progress=None, snapshot_held=True)
+    with contextlib.suppress(_EnoughError):
+        walk.walk_free_list()
     page = meta.last_page
     while (page + 1) * meta.page_bytes > size and walk.map.is_free(page):
         page -= 1
@@ -654,8 +713,9 @@ class _Walk:
     def report(self) -> PageReport:
         return PageReport(self._pages_walked, self.entries, tuple(self.findings))
 
-    def run(self) -> None:
-        """Walk everything. Raises _OvertakenError: a finding could not be trusted."""
+    def run(self, skip: frozenset[str] = frozenset()) -> None:
+        """Walk everything, except the databases in `skip`. Raises _OvertakenError: a finding could
+        not be trusted."""
         try:
             self._check_metas()
             if self._meta is not None:
@@ -663,8 +723,10 @@ class _Walk:
                 main = _Database(MAIN, _Role.MAIN, self._meta.main, self._meta.index)
                 self._walk_database(main)
                 for database in self._databases:
-                    self._walk_database(database)
-                if not self.findings:  # otherwise pages are missing where a subtree was left out
+                    if database.name not in skip:
+                        self._walk_database(database)
+                # Otherwise pages are missing where a subtree was left out.
+                if not self.findings and not skip:
                     self._check_missing()
         except _EnoughError:
             pass
@@ -679,8 +741,8 @@ class _Walk:
             )
 
     def _find(self, page: int, database: str, reason: str) -> None:
-        if not self._snapshot_held and self._file.overtaken(self._metas):
-            raise _OvertakenError
+        if not self._snapshot_held:
+            self._file.check_intact(self._metas)
         self.findings.append(Finding(page, database, reason))
         if len(self.findings) >= FINDINGS_MAX:
             raise _EnoughError
@@ -711,8 +773,7 @@ class _Walk:
 
     def _check_missing(self) -> None:
         """LMDB leaks no pages: one that is nowhere was cut off from its tree, or from the list."""
-        if self._last_page >= _METAS:
-            self.map.use(0, _METAS)
+        self.map.use(0, _METAS)
         missing = self.map.missing()
         first = next(missing, None)
         if first is not None:

@@ -52,6 +52,11 @@ class Source:
                 end = os.lseek(self._file, start, os.SEEK_HOLE)
             except OSError as error:
                 if error.errno == errno.ENXIO:
+                    # A hole up to the end; or the end has moved, and data is no longer there.
+                    if os.lseek(self._file, 0, os.SEEK_END) < self.size:
+                        raise SourceError(
+                            f"{self.name}: became shorter while it was imported"
+                        ) from None
                     return
                 # No hole support here (block devices, some file systems): all of it is data.
                 yield position, self.size
@@ -71,7 +76,8 @@ class Source:
 def open_source(path: Path) -> Source:
     """Open a regular file or a block device. Raises SourceError."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to wait for a pipe's writer: what is no file is refused below.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}") from None
     mode = os.fstat(file).st_mode

@@ -149,7 +149,7 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- images by name --------------------------------------------------------------------------
+    # --- images by name ---
 
     def names(self) -> list[str]:
         """Every image's name, in order."""
@@ -189,7 +189,7 @@ class Store:
             for name in dict.fromkeys(names):
                 catalog.remove_image(txn, self.env, name)
 
-    # --- contents ----------------------------------------------------------------------------------
+    # --- contents ---
 
     def loader(self) -> FrameLoader:
         """A loader of this store's frames, for a cache."""
@@ -217,10 +217,13 @@ class Store:
     def _shared_manifest(self, txn: lmdb.Transaction, digest: bytes) -> Manifest:
         """One object for all who have the image or a clone of it open. Two threads may decode the
         same manifest at once; one of the results then simply serves fewer readers."""
-        manifest = self._manifests.get(digest)
+        # Known by the record's guard too: an image that was removed and imported again since, or
+        # whose damaged chunks were, lies elsewhere in the store.
+        key = digest + bytes(catalog.manifest_record(txn, self.env, digest)[: fmt.GUARD_BYTES])
+        manifest = self._manifests.get(key)
         if manifest is None:
             manifest = Manifest(digest, catalog.read_manifest(txn, self.env, digest))
-            self._manifests[digest] = manifest
+            self._manifests[key] = manifest
         return manifest
 
     def close_manifest(self, manifest: Manifest) -> None:
@@ -237,7 +240,7 @@ class Store:
         """
         name = name or default_name(path)
         self._require_new(name)
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for what cannot be looked at
             return name, self._import_built(path, name, on_progress, builders.build_image)
         with _opened(open_source(path)) as source:
             if stat.S_ISREG(path.stat().st_mode) and builders.is_tar(path):
@@ -250,7 +253,8 @@ class Store:
         """Import a stream, of whatever a file could hold, by way of an unnamed temporary file."""
         self._require_new(name)
         with _opened(spool(stream, self.path / TEMPORARY_DIRECTORY, "standard input")) as source:
-            spooled = Path(f"/proc/self/fd/{source.fileno()}")
+            # By this process's number: tar opens it, in a process of its own.
+            spooled = Path(f"/proc/{os.getpid()}/fd/{source.fileno()}")
             if builders.is_tar(spooled):
                 return self._import_built(spooled, name, on_progress, self._build_from_tar)
             return self._import(source, name, on_progress)
@@ -303,12 +307,16 @@ class Store:
             shutil.rmtree(work, ignore_errors=True)
             self.leases.release(session_byte(session))
 
-    # --- the store as a whole ----------------------------------------------------------------------
+    # --- the store as a whole ---
 
     def collect_garbage(
         self, *, dry_run: bool = False, on_progress: Callable[[int, int], None] | None = None
     ) -> gc.Collected:
-        """Reclaim what no name, open image or running import needs. See gc.Collector."""
+        """Reclaim what no name, open image or running import needs. See gc.Collector.
+
+        Walks every page first: damage could hide what is needed. Raises StoreDamagedError.
+        """
+        self.env.verify(thorough=True)
         return gc.Collector(self.env, self.path).run(dry_run=dry_run, on_progress=on_progress)
 
     def stats(self) -> StoreStats:
@@ -344,18 +352,19 @@ class Store:
                 chunks[0] - chunks[1],
                 chunks[1] - chunks[0],
             )
-            lengths = [self._length_of(txn, refs) for refs in (shared, only_a, only_b)]
-        return Difference(
-            a,
-            b,
-            images[0].size,
-            images[1].size,
-            images[0].digest == images[1].digest,
-            *lengths,
-            len(shared),
-            len(only_a),
-            len(only_b),
-        )
+            return Difference(
+                a,
+                b,
+                images[0].size,
+                images[1].size,
+                identical=images[0].digest == images[1].digest,
+                shared_bytes=self._length_of(txn, shared),
+                only_a_bytes=self._length_of(txn, only_a),
+                only_b_bytes=self._length_of(txn, only_b),
+                shared_chunks=len(shared),
+                only_a_chunks=len(only_a),
+                only_b_chunks=len(only_b),
+            )
 
     def _length_of(self, txn: lmdb.Transaction, refs: set[int]) -> int:
         """Bytes of the chunks in `refs`, from their frames' headers."""
@@ -411,7 +420,7 @@ def default_name(path: Path) -> str:
     """An image name for a source: its file name without archive and image suffixes."""
     name = path.resolve().name if path.name in ("", ".", "..") else path.name
     for suffixes in (_ARCHIVE_SUFFIXES, _ARCHIVE_SUFFIXES, _IMAGE_SUFFIXES):
-        stem, dot, suffix = name.rpartition(".")
+        stem, _, suffix = name.rpartition(".")
         if stem and f".{suffix.lower()}" in suffixes:
             name = stem
     if not name:

@@ -1,0 +1,1 @@
+"""The nbdkit plugin: `dedup` is the script that nbdkit runs, `session` the logic behind it."""

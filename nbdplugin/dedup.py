@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import site
 import sys
 import traceback
@@ -35,7 +36,7 @@ for _packages in (_ROOT / ".venv" / "lib" / _VERSION / "site-packages", _ROOT):
         site.addsitedir(str(_packages))
 sys.path.insert(0, str(_ROOT))
 
-from dedupstore.errors import DedupError, UsageError  # noqa: E402
+from dedupstore.errors import DedupError, ImageNotFoundError, UsageError  # noqa: E402
 from dedupstore.location import default_store  # noqa: E402
 from dedupstore.reader import ImageReader  # noqa: E402
 from nbdplugin import threadstate  # noqa: E402
@@ -46,6 +47,7 @@ API_VERSION = 2
 
 _GRID_BYTES = 4096
 _REQUEST_BYTES_MAX = 32 << 20
+_SIZE = re.compile("[0-9]{1,15}[bBsSkKmMgGtTpPeE]?", re.ASCII)
 
 _config = Config(store=default_store(os.environ, os.getuid()).absolute())
 _session: Session
@@ -65,7 +67,7 @@ def _format(kind: Any, error: Any = None, trace: Any = None, **options: Any) -> 
 traceback.format_exception = _format  # type: ignore[assignment]
 
 
-# --- start and end -------------------------------------------------------------------------------
+# --- start and end ---
 
 
 def config(key: str, value: str) -> None:
@@ -74,7 +76,10 @@ def config(key: str, value: str) -> None:
     elif key == "image":
         _config.images.append(value)
     elif key == "cache":
+        # nbdkit.parse_size logs what it refuses: looking first keeps that to one line.
         try:
+            if not _SIZE.fullmatch(value):
+                raise ValueError
             _config.cache_bytes = nbdkit.parse_size(value)
         except ValueError:
             raise UsageError(f"cache={value}: not a size (such as 512M or 2G)") from None
@@ -98,7 +103,7 @@ def after_fork() -> None:
     threadstate.install()
     _session = Session(_config)
     if _config.metrics is not None:
-        from nbdplugin.metrics import MetricsServer
+        from nbdplugin.metrics import MetricsServer  # noqa: PLC0415 - 50 ms, only when asked for
 
         _metrics = MetricsServer(_config.metrics, _session)
 
@@ -110,7 +115,7 @@ def cleanup() -> None:
         _session.close()
 
 
-# --- exports -------------------------------------------------------------------------------------
+# --- exports ---
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -118,7 +123,10 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
 
 
 def default_export(readonly: bool, is_tls: bool) -> str:
-    return _session.default_export()
+    try:
+        return _session.default_export()
+    except ImageNotFoundError:
+        return ""  # `open` refuses it in one line of log; raising here makes nbdkit log two
 
 
 def open(readonly: bool) -> ImageReader:
@@ -162,7 +170,7 @@ def can_cache(reader: ImageReader) -> int:
     return nbdkit.CACHE_NATIVE
 
 
-# --- requests ------------------------------------------------------------------------------------
+# --- requests ---
 
 
 def pread(reader: ImageReader, buffer: memoryview, offset: int, flags: int) -> None:
@@ -185,9 +193,7 @@ def cache(reader: ImageReader, count: int, offset: int, flags: int) -> None:
         raise
 
 
-def extents(
-    reader: ImageReader, count: int, offset: int, flags: int
-) -> list[tuple[int, int, int]]:
+def extents(reader: ImageReader, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
     found = reader.manifest.extents(offset, count)
     if flags & nbdkit.FLAG_REQ_ONE:

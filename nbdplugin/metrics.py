@@ -25,6 +25,8 @@ from dedupstore.errors import TargetError
 from nbdplugin.session import Session
 
 _REQUEST_SECONDS_MAX = 0.5
+# How long stopping the server may have to wait for this thread to look up.
+_STOP_SECONDS_MAX = 0.1
 
 
 class _SessionCollector(Collector):
@@ -69,7 +71,7 @@ class _Handler(socketserver.StreamRequestHandler):
             if silent:
                 self.wfile.write(generate_latest(self.server.registry))
             else:
-                self.server.http(self.request, ("local", 0), self.server)  # type: ignore[arg-type]
+                self.server.http(self.request, ("local", 0), self.server)
         except OSError:
             return  # the scraper went away
 
@@ -103,9 +105,12 @@ class MetricsServer:
             raise TargetError(f"metrics={path}: {error.strerror}") from None
         self._path = path
         self._server.registry = registry
-        self._server.http = _Http.factory(registry)  # type: ignore[assignment]
+        self._server.http = _Http.factory(registry)
         self._thread = threading.Thread(
-            target=self._server.serve_forever, name="metrics", daemon=True
+            target=self._server.serve_forever,
+            args=(_STOP_SECONDS_MAX,),
+            name="metrics",
+            daemon=True,
         )
         self._thread.start()
 

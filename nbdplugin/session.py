@@ -22,6 +22,8 @@ _GLOB_CHARACTERS = "*?["
 # Without `cache=`: this part of the machine's memory, at most that much.
 _CACHE_MEMORY_SHARE = 8
 _CACHE_BYTES_MAX = 4 << 30
+# What the address of a unix socket holds.
+_SOCKET_PATH_BYTES_MAX = 107
 
 
 def default_cache_bytes() -> int:
@@ -43,11 +45,25 @@ class Config:
         """Open and close the store and look for the images, so that whoever starts the server sees
         on the terminal what is wrong. Raises DedupError."""
         with Store(self.store) as store:
+            store.env.verify()  # a damaged page could crash nbdkit, without a word
             for pattern in self.images:
                 if not _is_glob(pattern):
                     store.image(pattern)
-        if self.metrics is not None and not self.metrics.parent.is_dir():
-            raise UsageError(f"metrics={self.metrics}: no such directory")
+        if self.metrics is not None:
+            _require_socket_path(self.metrics)
+
+
+def _require_socket_path(path: Path) -> None:
+    """Raise UsageError when a metrics socket cannot be made: once nbdkit has daemonised, nobody
+    would see why it did not start."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+        raise UsageError(f"metrics={path}: path is longer than {_SOCKET_PATH_BYTES_MAX} bytes")
+    if not path.parent.is_dir():
+        raise UsageError(f"metrics={path}: no such directory")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"metrics={path}: no permission to create it")
+    if path.exists() and not path.is_socket():
+        raise UsageError(f"metrics={path}: exists and is not a socket")
 
 
 def _is_glob(pattern: str) -> bool:
@@ -74,24 +90,22 @@ class Session:
 
     def exports(self) -> Iterator[str]:
         """The names that are served now, those of the first `image=` first."""
-        names = self.store.names()
-        if not self._patterns:
-            yield from names
-            return
         seen: set[str] = set()
-        for pattern in self._patterns:
+        names = self.store.names()
+        for pattern in self._patterns or ["*"]:
             for name in names:
                 if name not in seen and _matches(name, pattern):
                     seen.add(name)
                     yield name
 
     def default_export(self) -> str:
-        """What the empty export name stands for: the first image served. Raises
-        ImageNotFoundError when there is none."""
-        name = next(self.exports(), None)
-        if name is None:
-            raise ImageNotFoundError(self._patterns[0] if self._patterns else "")
-        return name
+        """What the empty export name stands for: the first image of the first `image=`, never one
+        of the next, which would be another image's bytes. Raises ImageNotFoundError."""
+        pattern = self._patterns[0] if self._patterns else "*"
+        for name in self.store.names():
+            if _matches(name, pattern):
+                return name
+        raise ImageNotFoundError(pattern)
 
     def open(self, export: str) -> ImageReader:
         """Open an export for a client. Raises ImageNotFoundError for what is not served."""

@@ -34,14 +34,14 @@ def run_guarded(command: Callable[[], int]) -> int:
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
-    number = os.WTERMSIG(status)
-    if number in _CRASHES:
-        name = signal.Signals(number).name
+    ended_by = signal.Signals(os.WTERMSIG(status))
+    if ended_by in _CRASHES:
+        name = ended_by.name
         message = f"the store's data.mdb is damaged or cannot be read ({name} inside LMDB)"
         print(f"dedupstore: {message}; run 'dedupstore check'", file=sys.stderr)
         return 1
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    signal.signal(ended_by, signal.SIG_DFL)
+    os.kill(os.getpid(), ended_by)
     return 1
 
 

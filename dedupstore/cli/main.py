@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dedupstore import __version__
-from dedupstore.cli import images, maintenance, serving
+from dedupstore.cli import images, maintenance, mounting, serving
 from dedupstore.cli.context import Context
 from dedupstore.cli.guard import run_guarded
 from dedupstore.errors import DedupError
@@ -32,7 +32,7 @@ def cli(context: click.Context, store: Path | None) -> None:
     context.obj = Context((store or default_store(os.environ, os.getuid())).absolute())
 
 
-for _command in (*images.COMMANDS, *maintenance.COMMANDS, *serving.COMMANDS):
+for _command in (*images.COMMANDS, *maintenance.COMMANDS, *serving.COMMANDS, *mounting.COMMANDS):
     cli.add_command(_command)
 
 
@@ -68,4 +68,3 @@ def _failed(message: str, status: int) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `dedupstore` program."""
     sys.exit(run_guarded(lambda: _run(arguments)))
-

@@ -53,11 +53,11 @@ def check(context: Context, repair: bool, as_json: bool) -> int:
 def _show(checked: Checked) -> None:
     for finding in checked.findings:
         click.echo(_line(finding))
-    click.echo(
-        f"{checked.images} images, {checked.chunks} chunks ({human_bytes(checked.bytes)}) verified: "
-        + ("intact" if not checked.findings else f"{len(checked.findings)} findings")
-        + (", all mended" if checked.findings and checked.intact else "")
-    )
+    verdict = f"{len(checked.findings)} findings" if checked.findings else "intact"
+    if checked.findings and checked.intact:
+        verdict += ", all mended"
+    chunks = f"{checked.chunks} chunks ({human_bytes(checked.bytes)})"
+    click.echo(f"{checked.images} images, {chunks} verified: {verdict}")
 
 
 def _line(finding: Finding) -> str:

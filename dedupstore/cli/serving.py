@@ -39,7 +39,7 @@ def serve(
     )
     context.open().close()  # a wrong store is reported here, in one line
     command = server_command(options, "--foreground")
-    os.execv(command[0], command)
+    os.execv(command[0], command)  # noqa: S606 - no shell is what is wanted
 
 
 COMMANDS = (serve,)

@@ -10,6 +10,7 @@ Pure, thread-safe.
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from dedupstore.erofs.ranges import Range
 from dedupstore.erofs.superblock import NULL_BLOCK_32
@@ -111,54 +112,42 @@ def aligned(offset: int, unit: int) -> int:
     return (offset + unit - 1) & -unit
 
 
-def merged(runs: Iterable[Range]) -> Iterator[Range]:
-    """Join each run to its predecessor where it begins at its end, and drop empty ones."""
-    start = end = 0
-    for left, right in runs:
-        if left == end:
-            end = right
-            continue
-        if end > start:
-            yield start, end
-        start, end = left, right
-    if end > start:
-        yield start, end
+def chunk_map_blocks(pieces: Iterable[bytes]) -> Iterator[int]:
+    """Return the first block of each chunk of a 4-byte block map, `NULL_BLOCK_32` for a hole."""
+    return chain.from_iterable(struct.unpack(f"<{len(piece) // 4}I", piece) for piece in pieces)
 
 
-def chunk_map_runs(
-    pieces: Iterable[bytes], block_bits: int, chunk_bytes: int, file_bytes: int
-) -> Iterator[Range]:
-    """Yield the chunks of a 4-byte block map; `file_bytes` in whole blocks."""
-    left = file_bytes
-    for piece in pieces:
-        for (block,) in _U32.iter_unpack(piece):
-            if block != NULL_BLOCK_32:
-                start = block << block_bits
-                yield start, start + min(chunk_bytes, left)
-            left -= chunk_bytes
+def chunk_index_blocks(pieces: Iterable[bytes], null_block: int, device_mask: int) -> Iterator[int]:
+    """Yield the first block of each chunk of an 8-byte index, `null_block` for what is not here.
 
-
-def chunk_index_runs(
-    pieces: Iterable[bytes],
-    block_bits: int,
-    chunk_bytes: int,
-    file_bytes: int,
-    null_block: int,
-    device_mask: int,
-) -> Iterator[Range]:
-    """Yield the chunks of an 8-byte index that lie on the primary device.
-
-    `file_bytes` in whole blocks. `null_block`: the address of a hole, which also tells whether
-    addresses have 32 or 48 bits. `device_mask`: the significant bits of a device id.
+    `null_block`: the address of a hole, which also tells whether addresses have 32 or 48 bits.
+    `device_mask`: the significant bits of a device id; chunks on another device count as holes.
     """
-    left = file_bytes
     for piece in pieces:
         for high, device, low in _CHUNK_INDEX.iter_unpack(piece):
-            block = (low | high << 32) & null_block
-            if block != null_block and not device & device_mask:
-                start = block << block_bits
-                yield start, start + min(chunk_bytes, left)
-            left -= chunk_bytes
+            yield null_block if device & device_mask else (low | high << 32) & null_block
+
+
+def chunk_runs(
+    blocks: Iterable[int], null_block: int, chunk_blocks: int, file_blocks: int, block_bits: int
+) -> Iterator[Range]:
+    """Yield the runs of a file whose chunks begin at `blocks`, joined where chunks touch.
+
+    `chunk_blocks`: of each chunk, except that the file's last one ends with its `file_blocks`.
+    """
+    start = end = 0  # of the run so far, in blocks
+    block = null_block
+    for block in blocks:
+        if block != end:
+            if end > start:
+                yield start << block_bits, end << block_bits
+            start = end = 0 if block == null_block else block
+        if block != null_block:
+            end += chunk_blocks
+    if block != null_block:
+        end -= -file_blocks % chunk_blocks
+    if end > start:
+        yield start << block_bits, end << block_bits
 
 
 def compact_first_block(head: bytes, head_at: int, blocks: int, block_bits: int) -> int | None:
@@ -193,13 +182,13 @@ def compact_first_block(head: bytes, head_at: int, blocks: int, block_bits: int)
 def full_index_runs(
     pieces: Iterable[bytes], tail_offset: int, block_bits: int, *, inline_tail: bool
 ) -> Iterator[Range]:
-    """Yield the physical clusters of a file with a full index; deduplicated ones included.
+    """Yield the runs of a file with a full index, deduplicated clusters included.
 
     `tail_offset`: of the file's last byte in its last logical cluster. `inline_tail`: the last
     physical cluster lies elsewhere, in the inode or in the packed inode.
     """
     clusters = _physical_clusters(pieces, tail_offset, block_bits)
-    return _all_but_last(clusters) if inline_tail else clusters
+    return _merged(_all_but_last(clusters) if inline_tail else clusters)
 
 
 def _physical_clusters(
@@ -225,7 +214,7 @@ def _physical_clusters(
 def extent_runs(
     pieces: Iterable[bytes], record_bytes: int, block_bytes: int, *, inline_tail: bool
 ) -> Iterator[Range]:
-    """Yield the encoded extents of a file, joined and widened to whole blocks.
+    """Yield the runs of a file with encoded extents, widened to whole blocks.
 
     `record_bytes`: 4, 8, 16 or 32; with 4, one 8-byte physical address precedes the records.
     `inline_tail`: the last extent is a fragment of the packed inode.
@@ -234,7 +223,7 @@ def extent_runs(
         extents = _consecutive_extents(pieces)
     else:
         extents = _placed_extents(pieces, _EXTENT_WITH_START[record_bytes])
-    for start, end in merged(_all_but_last(extents) if inline_tail else extents):
+    for start, end in _merged(_all_but_last(extents) if inline_tail else extents):
         yield start & -block_bytes, aligned(end, block_bytes)
 
 
@@ -263,3 +252,17 @@ def _all_but_last(runs: Iterator[Range]) -> Iterator[Range]:
         if held is not None:
             yield held
         held = run
+
+
+def _merged(runs: Iterable[Range]) -> Iterator[Range]:
+    """Join each run to its predecessor where it begins at its end, and drop empty ones."""
+    start = end = 0
+    for left, right in runs:
+        if left == end:
+            end = right
+            continue
+        if end > start:
+            yield start, end
+        start, end = left, right
+    if end > start:
+        yield start, end

@@ -5,7 +5,7 @@ ever, and the window: one read that serves many inodes. Knows no inode formats. 
 a `Space` belongs to one walk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 from dedupstore.errors import ErofsError
 
@@ -84,10 +84,19 @@ class Space:
             raise ErofsError(offset, f"only {len(data)} of {length} bytes can be read")
         return data
 
-    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield `length` bytes at `offset` as buffers of `PIECE_BYTES`; the last one may be shorter."""
+    def pieces(self, offset: int, length: int) -> Iterable[bytes]:
+        """Return `length` bytes at `offset` as buffers of `PIECE_BYTES`, the last maybe shorter.
+
+        Raises `ErofsError` at once when they are not all inside the space.
+        """
+        if not length:
+            return ()
+        if length <= PIECE_BYTES:  # nearly always, and then a generator would double the time
+            return (self.bytes_at(offset, length),)
         end = offset + length
-        if length and end > self.end:  # said before gigabytes are worked on, not afterwards
+        if end > self.end:  # said before gigabytes are worked on, not afterwards
             raise ErofsError(offset, f"{length} bytes of metadata reach behind the end")
-        for start in range(offset, end, PIECE_BYTES):
-            yield self.bytes_at(start, min(PIECE_BYTES, end - start))
+        return (
+            self.bytes_at(start, min(PIECE_BYTES, end - start))
+            for start in range(offset, end, PIECE_BYTES)
+        )

@@ -18,7 +18,7 @@ def partition(ranges: Iterable[Range]) -> list[Range]:
     partition together with further ranges equals partitioning everything at once: a caller that
     must bound its memory may compact at any time.
     """
-    ordered = sorted(set(ranges))
+    ordered = sorted(ranges)
     if all(left[1] <= right[0] for left, right in pairwise(ordered)):
         return ordered
     edges = sorted({edge for both in ordered for edge in both})
@@ -37,4 +37,8 @@ def partition(ranges: Iterable[Range]) -> list[Range]:
 
 def clipped(ranges: Iterable[Range], size: int) -> list[Range]:
     """Return `ranges` without what lies at or behind `size` bytes."""
-    return [(start, min(end, size)) for start, end in ranges if start < size]
+    return [
+        (start, end if end <= size else size)  # min() takes twice as long
+        for start, end in ranges
+        if start < size
+    ]

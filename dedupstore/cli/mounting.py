@@ -1,0 +1,110 @@
+"""Commands that put images into the kernel: attach, detach, mount, umount."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from dedupstore.cli.context import Context, pass_context
+from dedupstore.cli.output import json_option, print_json, print_table
+from dedupstore.mounts.mounts import Host
+from dedupstore.mounts.state import Target, default_run, find_target
+
+_dry_run = click.option("--dry-run", is_flag=True, help="Only print the commands that would run.")
+
+
+def _host() -> Host:
+    return Host(default_run(os.environ, os.getuid()).absolute())
+
+
+def _target(context: Context, name: str) -> Target:
+    with context.open() as store:
+        return find_target(store, name)
+
+
+@click.command()
+@click.argument("name")
+@_dry_run
+@pass_context
+def attach(context: Context, name: str, dry_run: bool) -> None:
+    """Make image NAME a read-only block device and print it. Needs root.
+
+    An image that is attached already, under this name or by an identical clone, is not attached
+    twice: its device is printed again.
+    """
+    target = _target(context, name)
+    if dry_run:
+        _print_lines(_host().plan_attach(target))
+    else:
+        click.echo(_host().attach(target))
+
+
+@click.command()
+@click.argument("what", metavar="DEVICE|NAME")
+@pass_context
+def detach(context: Context, what: str) -> None:
+    """Give back what attach printed: for a NAME its claim, for a DEVICE every one."""
+    _host().detach(what, context.path)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.argument("directory", required=False, metavar="[DIR]", type=click.Path(path_type=Path))
+@click.option("--type", "fstype", metavar="TYPE", help="The file system. Default: erofs.")
+@click.option("--list", "as_list", is_flag=True, help="List mounts and attached devices.")
+@_dry_run
+@json_option
+@pass_context
+def mount(
+    context: Context,
+    name: str | None,
+    directory: Path | None,
+    fstype: str | None,
+    as_list: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Mount image NAME read-only on DIR, or list the mounts. Mounting needs root.
+
+    Identical images share one device and one page cache.
+    """
+    if as_list:
+        if name is not None:
+            raise click.UsageError("--list takes no image")
+        _list(as_json=as_json)
+        return
+    if name is None or directory is None:
+        raise click.UsageError("give an image and a directory, or --list")
+    target = _target(context, name)
+    if dry_run:
+        _print_lines(_host().plan_mount(target, directory, fstype))
+    else:
+        _host().mount(target, directory, fstype)
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _list(*, as_json: bool) -> None:
+    mounts, attached = _host().list_mounts()
+    if as_json:
+        print_json({"mounts": mounts, "attachments": attached})
+        return
+    rows = [(m.name, m.directory, m.via, m.superblock, m.device) for m in mounts]
+    rows += [(", ".join(a.names), "-", a.via, "-", a.device) for a in attached]
+    names = ("NAME", "DIRECTORY", "VIA", "SUPERBLOCK", "DEVICE")
+    print_table([dict(zip(names, row, strict=True)) for row in rows])
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def umount(directory: Path) -> None:
+    """Unmount DIR. The last mount of an image lets its device go, the last of all the server."""
+    _host().unmount(directory)
+
+
+COMMANDS = (attach, detach, mount, umount)
