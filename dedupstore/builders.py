@@ -70,8 +70,8 @@ def build_image(tree: Path, image: Path) -> None:
             "-U",
             _UUID,
             "-Enoinline_data",
-            str(image),
-            str(tree),
+            str(image.absolute()),
+            str(tree.absolute()),  # a relative one may look like an option
         ],
         package="erofs-utils",
         subject=tree,
@@ -107,7 +107,7 @@ def unpack_tar(archive: Path, tree: Path) -> None:
     )
     ended = time.time_ns()
     for folder, _, _ in os.walk(tree):
-        if began <= os.stat(folder).st_mtime_ns <= ended:
+        if began <= Path(folder).stat().st_mtime_ns <= ended:
             os.utime(folder, (0, 0))
 
 
@@ -116,18 +116,18 @@ def _run(program: str, arguments: Sequence[str], *, package: str, subject: Path)
     if found is None:
         raise ProgramError(program, f"not found (install the package {package})")
     result = subprocess.run(
-        ["env", *_ENVIRONMENT, found, *arguments],
+        ["env", "LC_ALL=C", f"SOURCE_DATE_EPOCH={_SOURCE_DATE_EPOCH}", found, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": _SOURCE_DATE_EPOCH},
         check=False,
     )
     if result.returncode == 0:
         return
     lines = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-    if any("No space left" in line or "ENOSPC" in line for line in lines):
+    # mkfs.erofs has no words for some errors: "[Error -13] Unknown error -13".
+    if any("No space left" in line or "Error -28" in line for line in lines):
         raise StoreFullError(f"no space left to build the image of {subject}")
-    if any("Permission denied" in line for line in lines):
-        raise SourceError(f"{subject}: {lines[0]}")
+    if any("Permission denied" in line or "Error -13" in line for line in lines):
+        raise SourceError(f"{subject}: Permission denied ({lines[0]})")
     raise ProgramError(program, f"{subject}: {lines[0]}")

@@ -31,6 +31,7 @@ from dedupstore.errors import (
 from dedupstore.pages import verify_header, verify_trees
 
 DATA_FILE = "data.mdb"
+LOCK_FILE = "lock.mdb"
 DATABASES = ("meta", "frames", "chunks", "manifests", "images", "drafts")
 
 _DAMAGE = (
@@ -45,6 +46,11 @@ _DAMAGE = (
 )
 # Databases whose trees grow with the store's contents: walking them is for gc and check.
 _LARGE = frozenset({"frames", "chunks"})
+# What LMDB makes of its lock file for LMDB_READERS_MAX readers: 64 bytes for each and a header.
+_LOCK_FILE_BYTES = 64 * (LMDB_READERS_MAX + 2)
+# Less room than this on its file system, about a batch of an import, and a failed write is put down
+# to that: LMDB writes up to 16 MiB at once, and ext4 may end such a write early with 1 MiB left.
+_ROOM_BYTES_MIN = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _open_paths: set[Path] = set()
@@ -63,11 +69,36 @@ def _translate(error: Exception, path: Path) -> DedupError:
         return StoreDamagedError(f"{path}: damaged ({error}); run 'dedupstore check'")
     code = error.errno if isinstance(error, OSError) else error.args[-1]
     text = str(error)
-    if any(code == c or os.strerror(c) in text for c in _FULL):
+    if any(code == c or os.strerror(c) in text for c in _FULL) or (
+        os.strerror(errno.EIO) in text and _is_full(path)
+    ):
         return StoreFullError(f"{path}: no space left; nothing was changed (free space and retry)")
     if isinstance(error, lmdb.ReadonlyError):
         return StoreAccessError(f"{path}: not writable")
     return StoreAccessError(f"{path}: {text}")
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the file system has no room: LMDB reports a write that came out short as EIO."""
+    try:
+        room = os.statvfs(path)
+    except OSError:
+        return False
+    return room.f_bavail * room.f_frsize < _ROOM_BYTES_MIN
+
+
+def _reserve_lock_file(path: Path) -> None:
+    """Give LMDB's lock file its blocks: it is mapped, and on a full disk touching a block that is
+    not there kills the process (SIGBUS). One that is in use may stay as it is: what it has of
+    blocks is enough for a few readers. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, _LOCK_FILE_BYTES)
+    except OSError:
+        if not os.fstat(file).st_blocks:
+            raise
+    finally:
+        os.close(file)
 
 
 class Environment:
@@ -96,6 +127,7 @@ class Environment:
 
     def _open(self, directory: Path, *, create: bool) -> None:
         with self._errors():
+            _reserve_lock_file(directory / LOCK_FILE)
             self._lmdb = lmdb.open(
                 os.fspath(directory),
                 map_size=MAP_BYTES,

@@ -199,9 +199,7 @@ class FrameWriter:
         )
         return Dropped(len(gone), before - after, removed=not kept)
 
-    def _indexed_slots(
-        self, record: fmt.Buffer, header: fmt.FrameHeader, frame: int
-    ) -> set[int]:
+    def _indexed_slots(self, record: fmt.Buffer, header: fmt.FrameHeader, frame: int) -> set[int]:
         """The slots that the index knows to be in this frame.
 
         A damaged header would leave index entries behind that lead nowhere, and imports would rely

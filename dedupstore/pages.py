@@ -185,9 +185,10 @@ def verify_pages(
     finding counts only if the snapshot was still intact after it was made; if a writer was faster,
     the walk starts again, 5 times at most. May be called from any thread.
 
-    `on_progress(done, total)`, in pages, is called now and then and once at the end; what it raises
-    ends the walk and reaches the caller. Memory: 2 bits a page of the file, plus one path of a
-    tree, the databases' names and at most FINDINGS_MAX findings. Bad content never raises.
+    `on_progress(done, total)`, in pages, is called now and then and once at the end (`done` falls
+    when the walk starts again); what it raises ends the walk and reaches the caller. Memory: 2 bits
+    a page of the file, plus one path of a tree, the databases' names and at most FINDINGS_MAX
+    findings. Bad content never raises.
 
     Raises StoreAccessError: the file cannot be opened, or is written to too fast to be walked;
     StoreDamagedError: the disk fails to read the meta pages (other pages become findings).

@@ -113,8 +113,9 @@ class Staging:
         with self._env.write() as txn:
             self._store(txn, self._batch)
             manifest = build(self._resolve)
-            if txn.get(digest, db=self._env.manifests) is None:
-                txn.put(digest, fmt.encode_manifest(manifest, digest), db=self._env.manifests)
+            # Replaces the manifest of the same image: its references are the same, unless they
+            # lead to chunks that were damaged and have just been stored anew.
+            txn.put(digest, fmt.encode_manifest(manifest, digest), db=self._env.manifests)
             image = fmt.ImageRecord(digest, manifest.size, time.time_ns(), kind)
             catalog.add_image(txn, self._env, name, image)
             for sequence in range(self._drafts):

@@ -121,11 +121,25 @@ class Store:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _require_empty(path)
+        except FileExistsError:
+            raise StoreExistsError(f"{path}: is a file") from None
+        except OSError as error:
+            raise StoreAccessError(f"{path}: {error.strerror}") from None
+        try:
+            cls._fill(path)
+        except BaseException:
+            for left in path.iterdir():  # all of it is ours: the directory was empty
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            raise
+        return cls(path)
+
+    @staticmethod
+    def _fill(path: Path) -> None:
+        """Write a store's files into an empty directory."""
+        try:
             path.chmod(0o700)
             (path / TEMPORARY_DIRECTORY).mkdir(mode=0o700)
             create_lock_file(path)
-        except FileExistsError:
-            raise StoreExistsError(f"{path}: is a file") from None
         except OSError as error:
             raise StoreAccessError(f"{path}: {error.strerror}") from None
         env = Environment(path, create=True)
@@ -136,7 +150,6 @@ class Store:
                 write_totals(txn, env, fmt.Totals())
         finally:
             env.close()
-        return cls(path)
 
     def close(self) -> None:
         """Close the store; readers and imports must have ended. Idempotent."""

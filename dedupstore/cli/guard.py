@@ -40,7 +40,8 @@ def run_guarded(command: Callable[[], int]) -> int:
         message = f"the store's data.mdb is damaged or cannot be read ({name} inside LMDB)"
         print(f"dedupstore: {message}; run 'dedupstore check'", file=sys.stderr)
         return 1
-    signal.signal(ended_by, signal.SIG_DFL)
+    if ended_by != signal.SIGKILL:  # whose action cannot be set
+        signal.signal(ended_by, signal.SIG_DFL)
     os.kill(os.getpid(), ended_by)
     return 1
 

@@ -20,7 +20,7 @@ from dedupstore.location import default_store
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--store",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, readable=False),  # opening it says more than click would
     metavar="DIR",
     help="The store. Default: $DEDUPSTORE, else /var/lib/dedupstore for root, else "
     "$XDG_DATA_HOME/dedupstore.",
@@ -61,7 +61,8 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    click.echo(f"dedupstore: {message}", err=True)
+    line = message.replace("\n", "\\n")  # of a path
+    click.echo(f"dedupstore: {line}", err=True)
     return status
 
 

@@ -1,0 +1,11 @@
+"""Images as block devices and mounts of this host. Needs root; Linux only.
+
+`mounts` is the API (attach, detach, mount, unmount, list, plan); below it `attachments` (one
+device per image content, and how it is let go), `devices` (nbd-client, nbdfuse), `servers` (the
+store's nbdkit), `handshake` (what a server says of an export), `state` (the runtime directory) and
+`kernel` (system calls, /proc and /sys). Nothing but the command line imports this package.
+
+Truth is what the kernel says. A record in the runtime directory holds only what the kernel cannot
+know: which image a device is, which names were asked for. So a reboot, a kill -9 or a plain
+umount(8) leaves nothing that the next command would not see and clean up.
+"""

@@ -1,0 +1,38 @@
+"""Runs a program that does its work and returns, and turns how it failed into one line."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from dedupstore.errors import ProgramError
+
+
+def run_program(command: list[str], timeout_seconds: float) -> None:
+    """Run a command from / (a daemon it leaves must not hold the user's directory).
+
+    Raises ProgramError with the last line that it printed on standard error.
+    """
+    program = Path(command[0]).name
+    try:
+        result = subprocess.run(
+            command,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"no end after {timeout_seconds:.0f} s ({shlex.join(command)})"
+        raise ProgramError(program, reason) from None
+    if result.returncode:
+        text = result.stderr.decode(errors="replace")
+        raise ProgramError(program, last_line(text) or f"exit status {result.returncode}")
+
+
+def last_line(text: str) -> str:
+    """The last line of what a program printed; empty if it printed nothing."""
+    return next(reversed(text.strip().splitlines()), "")

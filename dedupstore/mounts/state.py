@@ -1,0 +1,166 @@
+"""The runtime directory: which files are where, who may change them, and what a record holds.
+
+    RUN/                        0700, ours
+      devices.lock              held while a block device is chosen and taken
+      <store uuid>/
+        lock                    held by whoever changes anything below
+        nbd.sock nbd.pid        the server that this tool started; metrics.sock, its metrics
+        <digest[:32]>.<n>/      an attachment: one image content on one device
+          record.json           a Record, replaced atomically
+          dev/img               nbdfuse's file
+          mnt/                  the first mount of that file; others are bind mounts of it
+          nbdfuse.pid nbdfuse.log
+
+Owns layout, locks and records; knows nothing about devices. A record that cannot be read counts as
+none. Not thread-safe: one process, one lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dedupstore.errors import MountError
+from dedupstore.store import ImageInfo, Store
+
+_UUID = re.compile(r"[0-9a-f]{32}")
+_ATTACHMENT = re.compile(r"[0-9a-f]{32}\.[0-9]+")
+_PRIVATE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An image of a store: all that attaching needs to know, so that the store can be closed."""
+
+    store: Path
+    store_uuid: str
+    image: ImageInfo
+
+
+def find_target(store: Store, name: str) -> Target:
+    """Look an image up. Raises ImageNotFoundError."""
+    return Target(store.path.resolve(), store.superblock.uuid.hex(), store.image(name))
+
+
+@dataclass(slots=True)
+class Record:
+    """What the kernel cannot know about an attachment.
+
+    `name` is the export it reads, `socket` its server's; `device` the nbd device, None with
+    nbdfuse; `claims` the names that `attach` gave the device out for; `mounts` the name that each
+    directory was mounted by.
+    """
+
+    store: str
+    digest: str
+    name: str
+    size: int
+    kind: str
+    socket: str
+    device: str | None = None
+    claims: list[str] = field(default_factory=list)
+    mounts: dict[str, str] = field(default_factory=dict)
+
+
+def default_run(environ: Mapping[str, str], uid: int) -> Path:
+    """$DEDUPSTORE_RUN, else /run/dedupstore for root, else in the user's runtime directory."""
+    if environ.get("DEDUPSTORE_RUN"):
+        return Path(environ["DEDUPSTORE_RUN"])
+    if uid == 0:
+        return Path("/run/dedupstore")
+    return Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "dedupstore"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the kernel drops it with the process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Runtime:
+    """One store's part of the runtime directory."""
+
+    def __init__(self, run: Path, store_uuid: str) -> None:
+        # Resolved, for that is how mountinfo and sysfs show paths.
+        self.run = run.resolve()
+        self.path = self.run / store_uuid
+        self.socket = self.path / "nbd.sock"
+        self.pidfile = self.path / "nbd.pid"
+        self.metrics = self.path / "metrics.sock"
+
+    def create(self) -> None:
+        """Make the directories. Raises MountError if they are not private to this user."""
+        try:
+            self.run.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            status = self.run.stat()
+            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+                raise MountError(f"{self.run}: others can write here; it must be yours, mode 0700")
+            self.path.mkdir(mode=_PRIVATE, exist_ok=True)
+        except OSError as error:
+            raise MountError(f"{error.filename}: {error.strerror}") from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held for whole operations: two mounts at once start one server and one device."""
+        with locked(self.path / "lock"):
+            yield
+
+    @contextmanager
+    def device_lock(self) -> Iterator[None]:
+        """Held between finding a free device and having it: the devices are all stores'."""
+        with locked(self.run / "devices.lock"):
+            yield
+
+    def directories(self) -> list[Path]:
+        """The attachments' directories, complete or not."""
+        try:
+            found = [path for path in self.path.iterdir() if _ATTACHMENT.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
+        return sorted(found)
+
+    def new_directory(self, digest: str) -> Path:
+        """Where the next attachment of a content goes; not created. An older one may still be
+        there, dead but mounted."""
+        taken = {path.name for path in self.directories()}
+        number = 0
+        while f"{digest[:32]}.{number}" in taken:
+            number += 1
+        return self.path / f"{digest[:32]}.{number}"
+
+
+def runtimes(run: Path) -> list[Runtime]:
+    """Every store that this runtime directory knows. Raises MountError if it cannot be read."""
+    try:
+        names = sorted(path.name for path in run.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MountError(f"{run}: {error.strerror}") from None
+    return [Runtime(run, name) for name in names if _UUID.fullmatch(name)]
+
+
+def load_record(directory: Path) -> Record | None:
+    """An attachment's record; None if it was never finished, or damaged."""
+    try:
+        return Record(**json.loads((directory / "record.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def save_record(directory: Path, record: Record) -> None:
+    """Write a record so that others see the old one or the new one."""
+    new = directory / "record.new"
+    new.write_text(json.dumps(asdict(record)))
+    new.replace(directory / "record.json")

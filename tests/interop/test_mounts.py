@@ -1,0 +1,634 @@
+"""attach, detach, mount and umount on this machine: real nbdkit, nbdfuse, loop and EROFS mounts.
+
+The nbd devices that this kernel may lack are in tests/unit/test_nbd_devices.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dedupstore.cli import serving
+from dedupstore.errors import MountError
+from dedupstore.mounts import kernel, servers
+from dedupstore.mounts.mounts import Host
+from dedupstore.mounts.state import find_target
+from dedupstore.store import Store
+from tests.interop.corpus import Images
+from tests.interop.rig import (
+    DEDUPSTORE,
+    StoreDirectory,
+    mounts_below,
+    read_metrics,
+    refusal,
+    require_nbdkit,
+    run,
+    wait_until,
+)
+from tests.programs import require_program, require_root
+
+NOBODY = 65534
+
+
+@dataclass(slots=True)
+class MountRig:
+    """A store, a runtime directory and a place to mount at, all below one short path."""
+
+    store: StoreDirectory
+    base: Path
+    directories: list[Path] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.base / "run"
+
+    @property
+    def runtime(self) -> Path:
+        """The store's part of the runtime directory."""
+        (found,) = (path for path in self.run.iterdir() if path.is_dir())
+        return found
+
+    def directory(self, name: str = "m") -> Path:
+        path = self.base / f"{name}{len(self.directories)}"
+        path.mkdir()
+        self.directories.append(path)
+        return path
+
+    def mount(self, name: str) -> Path:
+        directory = self.directory()
+        assert self.store.do("mount", name, directory) == ""
+        return directory
+
+    def umount(self, directory: Path) -> None:
+        assert self.store.do("umount", directory) == ""
+
+    def attach(self, name: str) -> Path:
+        return Path(self.store.do("attach", name).removesuffix("\n"))
+
+    def listed(self) -> Any:
+        return json.loads(self.store.do("mount", "--list", "--json"))
+
+    def server(self) -> int:
+        return int((self.runtime / "nbd.pid").read_text())
+
+    def fuses(self) -> list[int]:
+        """The nbdfuse processes, by what they left on disk."""
+        return [int(path.read_text()) for path in self.runtime.glob("*/nbdfuse.pid")]
+
+    def metrics(self) -> dict[str, int]:
+        return read_metrics(self.runtime / "metrics.sock")
+
+    def assert_nothing_left(self) -> None:
+        """No mount, loop, process or file but the lock files."""
+        assert mounts_below(self.base) == []
+        assert loops_below(self.base) == []
+        files = {path.name for path in self.run.rglob("*") if not path.is_dir()}
+        assert files <= {"lock", "devices.lock"}
+        assert processes_with(str(self.run)) == []
+
+    def clean(self) -> None:
+        """Leave the machine as it was, whatever the product did."""
+        for point in mounts_below(self.base):
+            if self.run not in point.parents:
+                subprocess.run(["umount", "--lazy", point], check=False)
+        for loop in loops_below(self.base):
+            subprocess.run(["losetup", "--detach", loop], check=False)
+        for point in mounts_below(self.base):
+            subprocess.run(["umount", "--lazy", point], check=False)
+        for pid in processes_with(str(self.run)):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+def loops_below(directory: Path) -> list[Path]:
+    found = Path("/sys/block").glob("loop*/loop/backing_file")
+    return [
+        Path("/dev") / path.parents[1].name
+        for path in found
+        if path.read_text().startswith(f"{directory}/")
+    ]
+
+
+def processes_with(text: str) -> list[int]:
+    """The nbdkit and nbdfuse processes with `text` in their arguments; zombies have none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_ours = Path(os.fsdecode(arguments[0])).name in ("nbdkit", "nbdfuse")
+        if is_ours and text.encode() in b"\0".join(arguments):
+            found.append(int(path.parent.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    return bool(kernel.command_line(pid))
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+@pytest.fixture
+def rig(store_dir: StoreDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountRig]:
+    require_root()
+    require_nbdkit()
+    require_program("nbdfuse")
+    base = Path(tempfile.mkdtemp(prefix="ds-", dir="/tmp"))
+    rig = MountRig(store_dir, base)
+    monkeypatch.setenv("DEDUPSTORE_RUN", str(rig.run))
+    try:
+        yield rig
+    finally:
+        rig.clean()
+
+
+# --- content ---
+
+
+def describe(tree: Path) -> dict[str, tuple[object, ...]]:
+    """Everything that stat, xattrs and content say of each file, and which are hard links."""
+    found: dict[str, tuple[object, ...]] = {}
+    first_names: dict[int, str] = {}
+    for path in [tree, *sorted(tree.rglob("*"))]:
+        status = path.lstat()
+        name = str(path.relative_to(tree))
+        is_regular = stat.S_ISREG(status.st_mode)
+        found[name] = (
+            *(status.st_mode, status.st_uid, status.st_gid, status.st_rdev, status.st_mtime_ns),
+            status.st_size if is_regular or path.is_symlink() else None,
+            status.st_nlink if is_regular else None,
+            first_names.setdefault(status.st_ino, name),
+            {
+                key: os.getxattr(path, key, follow_symlinks=False)
+                for key in os.listxattr(path, follow_symlinks=False)
+            },
+            hashlib.sha256(path.read_bytes()).hexdigest() if is_regular else None,
+            path.readlink() if path.is_symlink() else None,
+        )
+    return found
+
+
+def write_everything(tree: Path) -> None:
+    """A tree with one of each thing that a file system can hold."""
+    (tree / "a" / "empty").mkdir(parents=True)
+    (tree / "a" / "long").write_bytes(os.urandom(300_001))
+    (tree / "a" / "short").write_bytes(b"tail")
+    (tree / "none").touch()
+    os.link(tree / "a" / "long", tree / "hard")
+    (tree / "soft").symlink_to("a/short")
+    with (tree / "sparse").open("wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"head")
+    os.mknod(tree / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    os.mkfifo(tree / "pipe")
+    (tree / "setuid").write_bytes(b"#!")
+    os.chown(tree / "setuid", 1234, 5678)
+    (tree / "setuid").chmod(0o4755)
+    os.setxattr(tree / "none", "user.note", b"kept")
+    os.setxattr(tree / "a", "trusted.note", b"kept, too")
+    os.utime(tree / "none", ns=(1, 981_173_106_123_456_789))
+
+
+def read_all(tree: Path) -> int:
+    return sum(len(path.read_bytes()) for path in tree.rglob("*") if path.is_file())
+
+
+def test_mount_shows_every_file_with_its_metadata_as_in_the_tree(
+    rig: MountRig, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    write_everything(tree)
+    run("mkfs.erofs", "--quiet", tmp_path / "tree.erofs", tree)  # -T would change the times
+    rig.store.import_file(tmp_path / "tree.erofs", "tree")
+    directory = rig.mount("tree")
+    assert describe(directory) == describe(tree)
+    assert os.statvfs(directory).f_flag & os.ST_RDONLY
+    rig.umount(directory)
+    rig.assert_nothing_left()
+
+
+def test_mount_is_a_file_backed_one_that_any_user_reads(rig: MountRig, images: Images) -> None:
+    rig.base.chmod(0o755)
+    directory = rig.mount("base")
+    (point,) = (p for p in kernel.mount_table() if p.directory == directory)
+    assert (point.fstype, Path(point.source).name) == ("erofs", "img")
+    assert loops_below(rig.base) == []
+    name = "directory-1/file-11"
+    copy = subprocess.run(["cat", directory / name], user=NOBODY, capture_output=True, check=True)
+    assert copy.stdout == (images.base_tree / name).read_bytes()
+
+
+def test_clone_shares_the_superblock_and_its_reads_reach_neither_server_nor_store(
+    rig: MountRig, images: Images
+) -> None:
+    first = rig.mount("base")
+    assert read_all(first) == read_all(images.base_tree)
+    before = rig.metrics()
+    second = rig.mount("clone")
+    assert second.stat().st_dev == first.stat().st_dev
+    assert describe(second) == describe(images.base_tree)
+    after = rig.metrics()
+    assert after["dedup_store_reads_total"] == before["dedup_store_reads_total"]
+    # One direct read asked whether the device still works; not one came from the file system.
+    assert after["dedup_read_bytes_total"] - before["dedup_read_bytes_total"] == mmap.PAGESIZE
+    assert rig.mount("derived").stat().st_dev != first.stat().st_dev
+    assert len(rig.fuses()) == 2
+    assert len(processes_with(str(rig.runtime / "nbd.sock"))) == 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_last_umount_in_any_order_ends_device_and_server(
+    rig: MountRig, order: tuple[int, ...]
+) -> None:
+    directories = [rig.mount("base"), rig.mount("clone")]
+    server, (fuse,) = rig.server(), rig.fuses()
+    for position in order:
+        assert is_running(server)
+        assert is_running(fuse)
+        assert all(read_all(directories[i]) for i in order[order.index(position) :])
+        rig.umount(directories[position])
+    assert not is_running(server)
+    assert not is_running(fuse)
+    rig.assert_nothing_left()
+
+
+def test_names_and_directories_with_slashes_and_blanks(rig: MountRig, images: Images) -> None:
+    name = "team/base 1%&+#é"
+    rig.store.clone("base", name)
+    directory = rig.directory("mount \\ of\t")
+    rig.store.do("mount", name, directory)
+    assert describe(directory) == describe(images.base_tree)
+    (mount,) = rig.listed()["mounts"]
+    assert (mount["name"], mount["directory"]) == (name, str(directory))
+    rig.umount(directory)
+    rig.assert_nothing_left()
+
+
+def test_list_says_what_is_mounted_and_attached(rig: MountRig) -> None:
+    assert rig.listed() == {"mounts": [], "attachments": []}
+    first, second, device = rig.mount("base"), rig.mount("clone"), rig.attach("base")
+    digest = json.loads(rig.store.do("info", "base", "--json"))["digest"]
+    status = first.stat()
+    common = {
+        "device": str(next(rig.runtime.glob("*.0")) / "dev" / "img"),
+        "via": "file",
+        "fstype": "erofs",
+        "superblock": f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}",
+        "digest": digest,
+        "store": str(rig.store.path),
+    }
+    assert rig.listed() == {
+        "mounts": [
+            {"name": "base", "directory": str(first), **common},
+            {"name": "clone", "directory": str(second), **common},
+        ],
+        "attachments": [
+            {
+                "names": ["base"],
+                "device": str(device),
+                "via": "loop",
+                "digest": digest,
+                "store": str(rig.store.path),
+            }
+        ],
+    }
+    table = rig.store.do("mount", "--list").splitlines()
+    assert [line.split()[0] for line in table] == ["NAME", "base", "clone", "base"]
+
+
+# --- devices ---
+
+
+def read_direct(device: Path, size: int) -> bytes:
+    descriptor = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 1 << 20) as buffer:
+            parts = []
+            for at in range(0, size, len(buffer)):
+                count = os.preadv(descriptor, [buffer], at)
+                parts.append(buffer[:count])
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def test_attach_gives_a_read_only_block_device_with_the_image(
+    rig: MountRig, images: Images
+) -> None:
+    device = rig.attach("base")
+    assert stat.S_ISBLK(device.stat().st_mode)
+    data = images.base.read_bytes()
+    assert read_direct(device, len(data)) == data
+    sysfs = Path("/sys/block") / device.name
+    settings = {
+        "ro": "1",
+        "loop/dio": "1",
+        "loop/autoclear": "0",
+        "queue/logical_block_size": "4096",
+    }
+    assert {key: (sysfs / key).read_text().strip() for key in settings} == settings
+    rig.store.do("detach", str(device))
+    rig.assert_nothing_left()
+
+
+def test_image_of_no_known_kind_attaches_with_sectors_of_512_bytes(
+    rig: MountRig, images: Images
+) -> None:
+    device = rig.attach("ragged")
+    data = images.ragged.read_bytes()
+    assert read_direct(device, len(data)) == data[: len(data) // 512 * 512]
+    rig.store.do("detach", "ragged")
+    rig.assert_nothing_left()
+
+
+def test_image_and_clone_are_one_device_that_goes_with_the_last_name(rig: MountRig) -> None:
+    device = rig.attach("base")
+    assert rig.attach("clone") == device
+    assert rig.attach("base") == device
+    rig.store.do("detach", "base")
+    assert rig.listed()["attachments"][0]["names"] == ["clone"]
+    assert read_direct(device, 4096)
+    assert "not attached" in rig.store.refuse("detach", "base")
+    rig.store.do("detach", "clone")
+    rig.assert_nothing_left()
+
+
+def test_detach_leaves_mounts_and_umount_leaves_devices(rig: MountRig) -> None:
+    device, directory = rig.attach("base"), rig.mount("clone")
+    rig.store.do("detach", "base")
+    assert loops_below(rig.base) == []
+    assert read_all(directory)
+    device = rig.attach("base")
+    rig.umount(directory)
+    assert read_direct(device, 4096)
+    rig.store.do("detach", str(device))
+    rig.assert_nothing_left()
+
+
+def test_detach_refuses_a_device_that_somebody_mounted(rig: MountRig) -> None:
+    device, directory = rig.attach("base"), rig.directory()
+    run("mount", "-t", "erofs", "-o", "ro", device, directory)
+    assert f"in use, mounted on {directory}" in rig.store.refuse("detach", "base")
+    assert read_all(directory)
+    run("umount", directory)
+    rig.store.do("detach", "base")
+    rig.assert_nothing_left()
+
+
+def test_other_file_systems_mount_with_their_type_over_one_device(
+    rig: MountRig, tmp_path: Path
+) -> None:
+    require_program("mkfs.ext4")
+    tree, image = tmp_path / "tree", tmp_path / "image.ext4"
+    tree.mkdir()
+    (tree / "file").write_bytes(os.urandom(100_000))
+    run("mkfs.ext4", "-q", "-b", "1024", "-d", tree, image, "2M")
+    rig.store.import_file(image, "ext")
+    first, second = rig.directory(), rig.directory()
+    assert "--type" in rig.store.refuse("mount", "ext", first)
+    rig.store.do("mount", "ext", first, "--type", "ext4")
+    rig.store.do("mount", "ext", second, "--type=ext4")
+    assert first.stat().st_dev == second.stat().st_dev
+    assert (second / "file").read_bytes() == (tree / "file").read_bytes()
+    assert len(loops_below(rig.base)) == 1
+    assert [mount["via"] for mount in rig.listed()["mounts"]] == ["loop", "loop"]
+    rig.umount(first)
+    rig.umount(second)
+    rig.assert_nothing_left()
+
+
+# --- what others do to it ---
+
+
+def test_two_mounts_at_once_start_one_server_and_one_device(rig: MountRig) -> None:
+    directories = [rig.directory() for _ in range(4)]
+    names = ["base", "clone", "derived", "base"]
+    command = [DEDUPSTORE, "--store", rig.store.path, "mount"]
+    started = [
+        subprocess.Popen([*command, name, directory])
+        for name, directory in zip(names, directories, strict=True)
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0, 0]
+    assert len(processes_with(str(rig.runtime / "nbd.pid"))) == 1
+    assert len(rig.fuses()) == 2
+    assert len({directory.stat().st_dev for directory in directories}) == 2
+    stopped = [subprocess.Popen([*command[:-1], "umount", path]) for path in directories]
+    assert [process.wait(60) for process in stopped] == [0, 0, 0, 0]
+    rig.assert_nothing_left()
+
+
+@pytest.mark.parametrize("victims", ["server", "both"])
+def test_after_a_kill_umount_works_and_so_does_the_next_mount(
+    rig: MountRig, images: Images, victims: str
+) -> None:
+    dead = rig.mount("base")
+    processes = {"server": [rig.server()], "device": rig.fuses()}
+    kill(*processes["server"], *(processes["device"] if victims == "both" else ()))
+    alive = rig.mount("base")  # beside the dead one
+    assert describe(alive) == describe(images.base_tree)
+    assert alive.stat().st_dev != dead.stat().st_dev
+    rig.umount(dead)
+    rig.umount(alive)
+    rig.assert_nothing_left()
+
+
+def test_attach_after_a_kill_gives_a_device_that_reads(rig: MountRig, images: Images) -> None:
+    rig.attach("base")
+    kill(rig.server(), *rig.fuses())
+    data = images.base.read_bytes()
+    assert read_direct(rig.attach("clone"), len(data)) == data
+    assert len(loops_below(rig.base)) == 1
+    rig.store.do("detach", "clone")
+    rig.assert_nothing_left()
+
+
+def test_what_umount_8_leaves_goes_with_the_next_command(rig: MountRig) -> None:
+    run("umount", rig.mount("base"))
+    directory = rig.mount("derived")
+    assert len(rig.fuses()) == 1
+    rig.umount(directory)
+    rig.assert_nothing_left()
+
+
+def test_records_that_a_reboot_outdated_are_dropped(rig: MountRig) -> None:
+    directory = rig.mount("base")
+    saved = {path: path.read_bytes() for path in rig.runtime.glob("*/record.json")}
+    rig.umount(directory)
+    for path, record in saved.items():
+        path.parent.mkdir()
+        path.write_bytes(record)
+    (rig.runtime / f"{'0' * 32}.7").mkdir()
+    (rig.runtime / "nbd.pid").write_text(f"{os.getpid()}\n")  # somebody else's by now
+    assert rig.listed()["mounts"] == []
+    assert "no mount of dedupstore's" in rig.store.refuse("umount", directory)
+    rig.umount(rig.mount("base"))
+    rig.assert_nothing_left()
+
+
+def test_overlay_keeps_the_device_until_it_goes_itself(rig: MountRig, images: Images) -> None:
+    lower, merged = rig.mount("base"), rig.directory()
+    run("mount", "-t", "overlay", "-o", f"lowerdir={lower}:{rig.directory()}", "none", merged)
+    rig.umount(lower)
+    assert read_all(merged) == read_all(images.base_tree)
+    run("umount", merged)
+    rig.umount(rig.mount("derived"))
+    rig.assert_nothing_left()
+
+
+def test_running_serve_is_used_and_left_alone(rig: MountRig, images: Images) -> None:
+    assert servers.SERVE_SOCKET == serving.SOCKET_NAME
+    serve = subprocess.Popen([DEDUPSTORE, "--store", rig.store.path, "serve", "base"])
+    socket = rig.store.path / serving.SOCKET_NAME
+    try:
+        wait_until(socket.exists)
+        base = rig.mount("base")
+        assert describe(base) == describe(images.base_tree)
+        assert not (rig.runtime / "nbd.pid").exists()
+        derived = rig.mount("derived")  # not served there
+        assert is_running(rig.server())
+        rig.umount(derived)
+        rig.umount(base)
+        assert serve.poll() is None
+        rig.assert_nothing_left()
+    finally:
+        serve.terminate()
+        serve.wait(60)
+        socket.unlink(missing_ok=True)
+
+
+# --- plans ---
+
+
+def test_dry_run_changes_nothing_and_its_commands_do_what_attach_does(
+    rig: MountRig, images: Images
+) -> None:
+    plan = rig.store.do("attach", "--dry-run", "base")
+    assert not rig.run.exists()
+    device = Path(run("sh", "-e", "-c", plan.replace(" &\n", " >/dev/null 2>&1 &\n")).strip())
+    data = images.base.read_bytes()
+    assert read_direct(device, len(data)) == data
+    rig.umount(rig.mount("derived"))  # takes down what has no record
+    rig.assert_nothing_left()
+
+
+def test_dry_run_of_mount_names_server_device_and_mounts(rig: MountRig) -> None:
+    directory = rig.directory()
+    words = [line.split()[0] for line in plan_lines(rig, "base", directory)]
+    assert [Path(word).name for word in words] == [
+        *("mkdir", "nbdkit", "mkdir", "nbdfuse", "until", "mkdir", "mount", "mount")
+    ]
+    rig.mount("base")
+    (line,) = plan_lines(rig, "clone", directory)
+    assert line.startswith("mount --bind ")
+    assert line.endswith(f" {directory}")
+
+
+def plan_lines(rig: MountRig, name: str, directory: Path) -> list[str]:
+    return rig.store.do("mount", "--dry-run", name, directory).splitlines()
+
+
+# --- refusals ---
+
+
+def test_refusals_are_one_line(rig: MountRig, tmp_path: Path) -> None:
+    directory, file = rig.directory(), tmp_path / "file"
+    file.touch()
+    refuse = rig.store.refuse
+    assert "no image named 'none'" in refuse("mount", "none", directory)
+    assert "No such file or directory" in refuse("mount", "base", tmp_path / "none")
+    assert "not a directory" in refuse("mount", "base", file)
+    assert "--type" in refuse("mount", "ragged", directory)
+    assert "no mount of dedupstore's" in refuse("umount", "/proc")
+    assert "not attached" in refuse("detach", "base")
+    assert not rig.run.exists() or list(rig.run.iterdir()) == []
+    assert rig.store.cli("mount", "base").returncode == 2
+
+
+def test_mount_of_a_damaged_image_leaves_nothing(rig: MountRig, tmp_path: Path) -> None:
+    rig.store.import_file(make_raw(tmp_path / "noise.raw"), "noise")
+    directory = rig.directory()
+    line = rig.store.refuse("mount", "noise", directory, "--type=erofs")
+    assert line.startswith(f"dedupstore: mounting 'noise' on {directory} as erofs: ")
+    rig.assert_nothing_left()
+
+
+def make_raw(path: Path) -> Path:
+    path.write_bytes(os.urandom(1 << 20))
+    return path
+
+
+def test_mount_onto_a_mounted_directory_is_refused(rig: MountRig) -> None:
+    directory = rig.mount("base")
+    assert "'base' is mounted there already" in rig.store.refuse("mount", "derived", directory)
+    rig.umount(directory)
+    rig.assert_nothing_left()
+
+
+def test_umount_of_a_busy_mount_says_so_and_keeps_it(rig: MountRig) -> None:
+    directory = rig.mount("base")
+    with (directory / "directory-1" / "file-11").open("rb") as file:
+        assert refusal(*failed(rig, "umount", directory)).endswith(f"{directory}: in use")
+        assert file.read()
+    rig.umount(directory)
+    rig.assert_nothing_left()
+
+
+def failed(rig: MountRig, *arguments: str | Path) -> tuple[int, str]:
+    result = rig.store.cli(*arguments)
+    return result.returncode, result.stderr
+
+
+def test_missing_program_is_named_with_its_package(
+    rig: MountRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = rig.base / "bin"
+    programs.mkdir()
+    for name in ("nbdkit", "dd", "nbdfuse"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", str(programs))
+    (programs / "nbdfuse").unlink()
+    line = rig.store.refuse("attach", "base")
+    assert line == "dedupstore: nbdfuse: not found (install the package libnbd-bin)"
+    rig.assert_nothing_left()
+    (programs / "nbdkit").unlink()
+    assert "nbdkit: not found (install the package nbdkit)" in rig.store.refuse("attach", "base")
+    rig.assert_nothing_left()
+
+
+def test_runtime_directory_that_others_may_write_is_refused(rig: MountRig) -> None:
+    rig.run.mkdir()
+    rig.run.chmod(0o777)
+    assert "others can write here" in rig.store.refuse("attach", "base")
+
+
+def test_ordinary_user_is_told_to_be_root(
+    store_dir: StoreDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    with Store(store_dir.path) as store:
+        target = find_target(store, "base")
+    host = Host(tmp_path / "run")
+    with pytest.raises(MountError, match=r"^mount needs root$"):
+        host.mount(target, tmp_path)
+    with pytest.raises(MountError, match=r"^attach needs root$"):
+        host.attach(target)
+    assert not (tmp_path / "run").exists()
