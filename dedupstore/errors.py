@@ -24,6 +24,13 @@ class UsageError(DedupError):
     errno = errno.EINVAL
 
 
+class InterruptedByUserError(DedupError):
+    """Ctrl-C. What was not finished is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted; nothing was finished (run 'dedupstore gc')")
+
+
 class StoreNotFoundError(DedupError):
     """There is no store at the given directory."""
 

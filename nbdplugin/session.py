@@ -8,6 +8,7 @@ thread-safe.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -64,6 +65,14 @@ def _require_socket_path(path: Path) -> None:
         raise UsageError(f"metrics={path}: no permission to create it")
     if path.exists() and not path.is_socket():
         raise UsageError(f"metrics={path}: exists and is not a socket")
+    if _is_served(path):
+        raise UsageError(f"metrics={path}: another server uses it")
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens on a unix socket: what a killed server leaves behind refuses."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _is_glob(pattern: str) -> bool:

@@ -31,9 +31,9 @@ condition that the other breaks:
    thread*, which then holds the temporary state, and leaving the callback dies with "auto-releasing
    thread-state, but no thread-state for this thread".
 
-CPython 3.14 moves its pointer to C thread-local storage, which is not emptied: there the callback
-runs in our own state, and giving back the reference that `pin` took makes the callback's own
-release destroy it.
+CPython's development source, newer than 3.13, keeps that pointer in C thread-local storage, which
+is not emptied: there the callback runs in our own state, and giving back the reference that `pin`
+took makes the callback's own release destroy it.
 
 Shutdown
 --------

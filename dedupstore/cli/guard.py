@@ -16,22 +16,21 @@ import sys
 from collections.abc import Callable
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
 
 
 def run_guarded(command: Callable[[], int]) -> int:
     """Run `command` in a child and return its exit status; a crash becomes a message and 1."""
     parent = os.getpid()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD, *_FORWARDED))
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, _interrupt)
         _die_with(parent)
         os._exit(_exit_status(command))
-    # Ctrl-C reaches both; the child reports, the parent waits for it. The rest is passed on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in _FORWARDED:
-        signal.signal(number, lambda received, _frame: os.kill(child, received))
-    _, status = os.waitpid(child, 0)
+    status = _wait(child)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     ended_by = signal.Signals(os.WTERMSIG(status))
@@ -43,7 +42,28 @@ def run_guarded(command: Callable[[], int]) -> int:
     if ended_by != signal.SIGKILL:  # whose action cannot be set
         signal.signal(ended_by, signal.SIG_DFL)
     os.kill(os.getpid(), ended_by)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return 1
+
+
+def _wait(child: int) -> int:
+    """Wait for the child and return its status, passing signals on that only we were sent: those of
+    the terminal (positive codes) reach the whole process group anyway."""
+    while True:
+        received = signal.sigwaitinfo((signal.SIGCHLD, *_FORWARDED))
+        if received.si_signo != signal.SIGCHLD:
+            if received.si_code <= 0:
+                os.kill(child, received.si_signo)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+
+
+def _interrupt(*_: object) -> None:
+    """The first Ctrl-C ends the command, further ones do not disturb its cleaning up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _die_with(parent: int) -> None:

@@ -13,11 +13,22 @@ from dedupstore import __version__
 from dedupstore.cli import images, maintenance, mounting, serving
 from dedupstore.cli.context import Context
 from dedupstore.cli.guard import run_guarded
-from dedupstore.errors import DedupError
+from dedupstore.errors import DedupError, InterruptedByUserError
 from dedupstore.location import default_store
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The group; an interrupt leaves it as one of our failures, before click prints about it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise InterruptedByUserError from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--store",
     type=click.Path(path_type=Path, readable=False),  # opening it says more than click would
@@ -40,10 +51,8 @@ def _run(arguments: list[str] | None) -> int:
     """Run a command; every expected failure becomes one line on standard error."""
     try:
         result: Any = cli.main(arguments, prog_name="dedupstore", standalone_mode=False)
-    except click.exceptions.Abort:
-        return _failed("interrupted; nothing was finished (run 'dedupstore gc')", 1)
-    except KeyboardInterrupt:
-        return _failed("interrupted; nothing was finished (run 'dedupstore gc')", 1)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _failed(str(InterruptedByUserError()), InterruptedByUserError.exit_status)
     except click.UsageError as error:
         error.show()
         return 2

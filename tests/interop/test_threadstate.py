@@ -241,12 +241,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def programs() -> None:
     require_program("nbdkit", SYSTEM_PYTHON)
-    have_binding = subprocess.run([SYSTEM_PYTHON, "-c", "import nbd"], capture_output=True)
-    if have_binding.returncode:
-        require_program("python3-libnbd")
-    have_plugin = subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True)
-    if have_plugin.returncode:
-        require_program("nbdkit-plugin-python")
+    for probe, package in (
+        ([SYSTEM_PYTHON, "-c", "import nbd"], "python3-libnbd"),
+        (["nbdkit", "--dump-plugin", "python"], "nbdkit-plugin-python"),
+    ):
+        if subprocess.run(probe, check=False, capture_output=True).returncode:
+            require_program(package)
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+"""Fixtures that the tests of this folder share; see tests/interop/fixtures.py."""
+
+from tests.interop.fixtures import empty_store_dir, filled_store, images, server, store_dir
+
+__all__ = ["empty_store_dir", "filled_store", "images", "server", "store_dir"]
