@@ -20,7 +20,8 @@ _SECONDS = 3
 
 @contextmanager
 def server(socket_path: Path, *arguments: object) -> Iterator[str]:
-    """A running nbdkit; yields the URI of its default export."""
+    """A running nbdkit that listens; yields the URI of its default export."""
+    socket_path.unlink(missing_ok=True)  # nbdkit leaves it behind
     command = ["nbdkit", "-f", "-U", str(socket_path), *map(str, arguments)]
     process = subprocess.Popen(command)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 
 
@@ -36,13 +37,18 @@ class Report:
             ratio = theirs / ours if lower_is_better else ours / theirs
             ratios.append(ratio)
             row = (what, f"{ours:,.1f}", name, f"{theirs:,.1f}", unit, f"{ratio:.2f} {target}")
-            self._rows.append(row)
+            self._append(row)
         return ratios[0] if ratios else 0.0
 
     def note(self, what: str, value: str, target: str = "") -> None:
         """Add a figure that is compared with a target only."""
         self.raw.append({"what": what, "value": value})
-        self._rows.append((what, value, "", "", "", target))
+        self._append((what, value, "", "", "", target))
+
+    def _append(self, row: tuple[str, str, str, str, str, str]) -> None:
+        """Keep a row, and show at once what a long run has found so far."""
+        self._rows.append(row)
+        print("  ".join(filter(None, row)), file=sys.stderr, flush=True)
 
     def print(self) -> None:
         """Print the rows as a table."""
