@@ -44,8 +44,8 @@ _DAMAGE = (
     lmdb.IncompatibleError,
     lmdb.BadDbiError,
 )
-# Databases whose trees grow with the store's contents: walking them is for gc and check.
-_LARGE = frozenset({"frames", "chunks"})
+# Databases whose trees grow with the store's contents: walking both is for gc and check.
+LARGE = frozenset({"frames", "chunks"})
 # What LMDB makes of its lock file for LMDB_READERS_MAX readers: 64 bytes for each and a header.
 _LOCK_FILE_BYTES = 64 * (LMDB_READERS_MAX + 2)
 # Less room than this on its file system, about a batch of an import, and a failed write is put down
@@ -174,13 +174,13 @@ class Environment:
         with self._errors(), self._lmdb.begin(write=True, buffers=True) as txn:
             yield txn
 
-    def verify(self, *, thorough: bool = False) -> None:
-        """Walk the free list and the small trees, or with `thorough` every tree, and raise
+    def verify(self, *, skip: frozenset[str] = LARGE) -> None:
+        """Walk the free list and the trees of the databases, except those in `skip`, and raise
         StoreDamagedError unless LMDB can follow them. Called before the first write: on damaged
         pages LMDB would overwrite what could still be saved, and gc delete what it does not see.
         """
         with self._errors(), self._lmdb.begin():  # no page of this snapshot is reused meanwhile
-            verify_trees(self.path, skip=frozenset() if thorough else _LARGE)
+            verify_trees(self.path, skip=skip)
         self._verified = True
 
     def entries(self, txn: lmdb.Transaction, database: lmdb._Database) -> int:
