@@ -26,7 +26,7 @@ from tests.interop.rig import (
     no_progress,
     wait_until,
 )
-from tests.programs import require_program, require_root
+from tests.programs import erofs_programs, require_program, require_root, unavailable
 
 LAYOUTS = {
     "plain": (),
@@ -108,17 +108,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(tree: Path, image: Path, layout: str) -> Path:
-    """The tree's image in a layout; skips the test where this mkfs.erofs does not know it."""
-    require_program("mkfs.erofs")
-    result = subprocess.run(
-        ["mkfs.erofs", "--quiet", *LAYOUTS[layout], image, tree],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    if result.returncode:
-        pytest.skip(f"this mkfs.erofs has no {layout}: {result.stderr.splitlines()[0]}")
-    return image
+    """The tree's image in a layout, by the first mkfs.erofs that knows it."""
+    for program in erofs_programs("mkfs.erofs"):
+        command = [program, "--quiet", *LAYOUTS[layout], image, tree]
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+            return image
+    unavailable(f"no mkfs.erofs here can {layout}")
 
 
 @contextmanager

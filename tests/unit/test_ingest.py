@@ -34,7 +34,7 @@ from tests.conftest import (
     text,
     write_sparse,
 )
-from tests.programs import require_program
+from tests.programs import erofs_programs, require_program, unavailable
 
 Add = Callable[[str, bytes], Imported]
 
@@ -107,12 +107,11 @@ def make_tar(tree: Path, archive: Path, mode: str = "w") -> Path:
 
 
 def make_erofs(tree: Path, image: Path, *options: str) -> bytes:
-    require_program("mkfs.erofs")
-    command = ["mkfs.erofs", "--quiet", "-T0", *options, str(image), str(tree)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mkfs.erofs cannot {' '.join(options)}: {done.stderr.strip()[:80]}")
-    return image.read_bytes()
+    for program in erofs_programs("mkfs.erofs"):
+        command = [program, "--quiet", "-T0", *options, str(image), str(tree)]
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+            return image.read_bytes()
+    unavailable(f"no mkfs.erofs here can {' '.join(options)}")
 
 
 # --- sources ---
