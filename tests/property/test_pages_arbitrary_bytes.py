@@ -16,9 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedupstore import pages
 from dedupstore.errors import StoreDamagedError
-from dedupstore.pages import verify_header, verify_pages
+from dedupstore.pages import datafile, verify_header, verify_pages
 
 PAGE: Final = 4096
 
@@ -86,7 +85,7 @@ def make_originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 @pytest.fixture(autouse=True, scope="module")
 def do_not_wait_for_short_files_to_grow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "_CREATION_WAITS", ())
+        patch.setattr(datafile, "_CREATION_WAITS", ())
         yield
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from dedupstore import pages
 from dedupstore.errors import StoreAccessError, StoreDamagedError
-from dedupstore.pages import FREE_LIST, MAIN, META, verify_header, verify_pages
+from dedupstore.pages import FREE_LIST, MAIN, META, verify_header, verify_pages, walk
 
 PAGE = 4096
 NO_PAGE = 2**64 - 1
@@ -267,7 +266,7 @@ def test_short_file_that_lost_a_used_page_is_truncated(short_store: Path) -> Non
 
 
 def test_progress_ends_at_the_number_of_pages(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "_PROGRESS_PAGES", 3)
+    monkeypatch.setattr(walk, "_PROGRESS_PAGES", 3)
     calls: list[tuple[int, int]] = []
     report = verify_pages(store, on_progress=lambda done, total: calls.append((done, total)))
     assert len(calls) > 5
@@ -509,7 +508,7 @@ def test_all_findings_are_collected_up_to_the_limit(
     for leaf in leaves:
         layout.flip(leaf * PAGE + 10, 3)
     assert {page for page, _, _ in findings_of(store)} == set(leaves)
-    monkeypatch.setattr(pages, "FINDINGS_MAX", 4)
+    monkeypatch.setattr(walk, "FINDINGS_MAX", 4)
     assert len(findings_of(store)) == 4
 
 
@@ -680,7 +679,7 @@ def make_writer(store: Path) -> Iterator[Writer]:
 def test_walk_overtaken_by_a_writer_starts_again(
     store: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "_PROGRESS_PAGES", 1)
+    monkeypatch.setattr(walk, "_PROGRESS_PAGES", 1)
     starts = 0
 
     def progress(done: int, total: int) -> None:
@@ -697,7 +696,7 @@ def test_walk_overtaken_by_a_writer_starts_again(
 def test_walk_always_overtaken_gives_up(
     store: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "_PROGRESS_PAGES", 1)
+    monkeypatch.setattr(walk, "_PROGRESS_PAGES", 1)
     with pytest.raises(StoreAccessError, match="written to faster than it can be checked"):
         verify_pages(store, on_progress=lambda _done, _total: writer.commit(3))
 
@@ -705,7 +704,7 @@ def test_walk_always_overtaken_gives_up(
 def test_walk_with_a_read_transaction_ignores_writers(
     store: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "_PROGRESS_PAGES", 1)
+    monkeypatch.setattr(walk, "_PROGRESS_PAGES", 1)
     with writer.env.begin():
         report = verify_pages(
             store, on_progress=lambda _done, _total: writer.commit(3), snapshot_held=True
@@ -719,7 +718,7 @@ def test_damage_is_reported_though_a_writer_overtakes_later(
 ) -> None:
     layout = Layout(store)
     layout.flip(PAGE - layout.meta, 1)  # the older meta page's number: LMDB does not look at it
-    monkeypatch.setattr(pages, "_PROGRESS_PAGES", 3)
+    monkeypatch.setattr(walk, "_PROGRESS_PAGES", 3)
     report = verify_pages(store, on_progress=lambda _done, _total: writer.commit(3))
     assert [f.reason for f in report.findings][:1] == [f"says it is page {layout.meta // PAGE}"]
 
