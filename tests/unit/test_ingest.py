@@ -34,7 +34,12 @@ from tests.conftest import (
     text,
     write_sparse,
 )
-from tests.programs import erofs_programs, require_program, unavailable
+from tests.programs import (
+    erofs_options_honoured,
+    erofs_programs,
+    require_program,
+    unavailable,
+)
 
 Add = Callable[[str, bytes], Imported]
 
@@ -109,7 +114,8 @@ def make_tar(tree: Path, archive: Path, mode: str = "w") -> Path:
 def make_erofs(tree: Path, image: Path, *options: str) -> bytes:
     for program in erofs_programs("mkfs.erofs"):
         command = [program, "--quiet", "-T0", *options, str(image), str(tree)]
-        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+        done = subprocess.run(command, check=False, capture_output=True)
+        if done.returncode == 0 and erofs_options_honoured(options, image):
             return image.read_bytes()
     unavailable(f"no mkfs.erofs here can {' '.join(options)}")
 
