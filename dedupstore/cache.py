@@ -103,6 +103,13 @@ class FrameCache:
         """The entry of `frame`, loading it when it is absent. Raises what the loader raises."""
         return self._get(frame, prefetch=False)
 
+    def use(self, frame: int) -> Entry:
+        """The entry of `frame` as `get` gives it, its use noted: for readers without a hot path."""
+        entry = self.entries.get(frame) or self.get(frame)
+        if entry.epoch != self.epoch:
+            self.touch(entry)
+        return entry
+
     def prefetch(self, frame: int) -> None:
         """Load `frame` unless it is here or on its way. Errors are left to the read it is for."""
         if frame in self.entries or frame in self._flights:

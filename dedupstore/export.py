@@ -1,7 +1,9 @@
 """Writing an image back: byte for byte, holes as holes, decompressed on every core.
 
-Frames are loaded ahead on a pool and written in image order. A file appears under its name only
-when it is complete. Runs on the calling thread and a pool of its own; any number may run at once.
+Frames are loaded ahead on a pool and written in image order, through a cache of their own: an image
+that shares chunks with others goes back and forth between its frames and theirs. A file appears
+under its name only when it is complete. Runs on the calling thread and a pool of its own; any
+number may run at once.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dedupstore import format as fmt
+from dedupstore.cache import Entry, FrameCache
 from dedupstore.errors import ChunkDamagedError, TargetError
 from dedupstore.manifest import Manifest
 from dedupstore.store import Store
 
 _FRAMES_AHEAD = 16
+# Image order wanders: with this much, an image is loaded 1.0 times, without any 2.4 to 2.9 times.
+_CACHE_BYTES = 128 << 20
 _ZEROS = bytes(1 << 20)
-
-_Loaded = tuple[bytes, tuple[int, ...]]
 
 
 def export_image(
@@ -88,10 +91,10 @@ def _opened(target: Path | None) -> Iterator[int]:
 
 def _pieces(store: Store, name: str, manifest: Manifest) -> Iterator[tuple[int, memoryview | int]]:
     """(offset, bytes, or the length of a hole) over the image, in order."""
-    loader = store.loader()
+    cache = FrameCache(_CACHE_BYTES, store.loader().load)
     frames = _frames_in_order(manifest)
-    loaded: dict[int, _Loaded] = {}
-    ahead: deque[tuple[int, Future[_Loaded]]] = deque()
+    entry: Entry | None = None
+    ahead: deque[Future[Entry]] = deque()
     starts, refs = manifest.starts, manifest.refs
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for run, ref in enumerate(refs):
@@ -101,10 +104,10 @@ def _pieces(store: Store, name: str, manifest: Manifest) -> Iterator[tuple[int, 
                 continue
             frame = ref >> fmt.REF_SLOT_BITS
             while len(ahead) < _FRAMES_AHEAD and (upcoming := next(frames, 0)):
-                ahead.append((upcoming, pool.submit(loader.load, upcoming)))
-            if frame not in loaded:
-                loaded = dict([_next(ahead, name, start)])
-            yield start, _slice(loaded[frame], ref, length, name, start)
+                ahead.append(pool.submit(cache.use, upcoming))
+            if entry is None or entry.frame != frame:
+                entry = _next(ahead, name, start)
+            yield start, _slice(entry, ref, length, name, start)
 
 
 def _frames_in_order(manifest: Manifest) -> Iterator[int]:
@@ -117,20 +120,18 @@ def _frames_in_order(manifest: Manifest) -> Iterator[int]:
             previous = frame
 
 
-def _next(ahead: deque[tuple[int, Future[_Loaded]]], name: str, offset: int) -> tuple[int, _Loaded]:
-    frame, future = ahead.popleft()
+def _next(ahead: deque[Future[Entry]], name: str, offset: int) -> Entry:
     try:
-        return frame, future.result()
+        return ahead.popleft().result()
     except ChunkDamagedError as error:
         error.image, error.offset = name, offset
         raise
 
 
-def _slice(loaded: _Loaded, ref: int, length: int, name: str, offset: int) -> memoryview:
-    raw, offsets = loaded
+def _slice(entry: Entry, ref: int, length: int, name: str, offset: int) -> memoryview:
     slot = ref & fmt.REF_SLOT_MASK
-    at = offsets[slot] if slot < len(offsets) else fmt.NOT_HERE
-    piece = memoryview(raw)[at : at + length]
+    at = entry.offsets[slot] if slot < len(entry.offsets) else fmt.NOT_HERE
+    piece = entry.view[at : at + length]
     if len(piece) != length:
         error = ChunkDamagedError(
             ref >> fmt.REF_SLOT_BITS, "its frame does not hold it", ref & fmt.REF_SLOT_MASK

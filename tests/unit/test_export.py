@@ -12,6 +12,7 @@ import pytest
 from dedupstore import format as fmt
 from dedupstore.errors import ChunkDamagedError, ImageNotFoundError, TargetError
 from dedupstore.export import export_image
+from dedupstore.frames import FrameLoader
 from dedupstore.ingest import Imported
 from dedupstore.store import Store
 from tests.conftest import blocks, flip_record, keys_of, noise, silent, text
@@ -57,6 +58,28 @@ def test_exported_stream_is_byte_identical(
     add("image", data)
     export_image(store, "image", None, silent)
     assert capfdbinary.readouterr().out == data
+
+
+def test_image_that_wanders_between_frames_loads_each_once(
+    store: Store, add: Add, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two images' frames, then a third image that takes long turns from one and the other.
+    turns = [range(first, first + 32) for first in range(1, 513, 32)]
+    evens, odds = turns[0::2], turns[1::2]
+    add("evens", b"".join(blocks(*turn) for turn in evens))
+    add("odds", b"".join(blocks(*turn) for turn in odds))
+    add("both", b"".join(blocks(*turn) for turn in turns))
+    loaded: list[int] = []
+    load = FrameLoader.load
+
+    def counting(loader: FrameLoader, frame: int) -> tuple[bytes, tuple[int, ...]]:
+        loaded.append(frame)
+        return load(loader, frame)
+
+    monkeypatch.setattr(FrameLoader, "load", counting)
+    export_image(store, "both", out / "image", silent)
+    assert (out / "image").read_bytes() == b"".join(blocks(*turn) for turn in turns)
+    assert len(loaded) == len(set(loaded)) > 4
 
 
 def test_holes_take_no_space(store: Store, add: Add, out: Path) -> None:
