@@ -12,7 +12,6 @@ import bz2
 import gzip
 import lzma
 import os
-import shutil
 import subprocess
 import time
 import zlib
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from dedupstore.errors import ProgramError, SourceError, StoreFullError
+from dedupstore.programs import find_program
 
 _UUID = "00000000-0000-0000-0000-000000000000"
 # The image's build time: fixed, for the same tree to give the same bytes, and far ahead, because
 # mkfs.erofs sets back the files' times that lie behind it (2100-01-01; -T would replace them all).
 _SOURCE_DATE_EPOCH = "4102444800"
-# Distributions keep file system tools off an ordinary user's PATH.
-_PATH = os.pathsep.join(("/usr/local/sbin", "/usr/sbin", "/sbin"))
 _TAR_MAGIC = b"ustar"
 _TAR_MAGIC_AT = 257
 _HEAD_BYTES = 512
@@ -112,9 +110,7 @@ def unpack_tar(archive: Path, tree: Path) -> None:
 
 
 def _run(program: str, arguments: Sequence[str], *, package: str, subject: Path) -> None:
-    found = shutil.which(program) or shutil.which(program, path=_PATH)
-    if found is None:
-        raise ProgramError(program, f"not found (install the package {package})")
+    found = find_program(program, package)
     result = subprocess.run(
         ["env", "LC_ALL=C", f"SOURCE_DATE_EPOCH={_SOURCE_DATE_EPOCH}", found, *arguments],
         stdin=subprocess.DEVNULL,

@@ -6,7 +6,6 @@ version (docs/format.md); the others may be tuned freely.
 
 KIB = 1 << 10
 MIB = 1 << 20
-GIB = 1 << 30
 TIB = 1 << 40
 
 # The grid every cut lies on: the block size of EROFS and the page size of the kernel's cache.
@@ -43,6 +42,9 @@ MAP_BYTES = 4 * TIB
 # Concurrent read transactions over all processes. One is held per chunk being loaded, not per
 # client.
 LMDB_READERS_MAX = 1024
+
+# Longest path of a unix socket, bytes: sockaddr_un has 108 with the closing zero.
+SOCKET_PATH_BYTES_MAX = 107
 
 # Longest image name in bytes of UTF-8. LMDB keys end at 511; NBD export names at 4096.
 IMAGE_NAME_BYTES_MAX = 255

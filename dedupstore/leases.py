@@ -26,7 +26,6 @@ from pathlib import Path
 from dedupstore.errors import StoreAccessError
 
 LOCK_FILE = "locks"
-SESSION_BYTES = 16
 
 # struct flock of every 64-bit Linux: type, whence, (padding) start, length, pid, (padding).
 _FLOCK = struct.Struct("hhxxxxqqixxxx")

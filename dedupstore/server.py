@@ -6,12 +6,14 @@ Pure but for looking programs and files up. Thread-safe.
 from __future__ import annotations
 
 import importlib.util
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ProgramError, UsageError
+from dedupstore.programs import find_program
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,13 @@ def plugin_path() -> Path:
     return Path(spec.origin).with_name("dedup.py")
 
 
-def find_program(name: str, package: str) -> str:
-    """Absolute path of a program, looked for where system tools live too. Raises ProgramError."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
-    if found is None:
-        raise ProgramError(name, f"not found (install the package {package})")
-    return found
-
-
 def server_command(options: ServerOptions, *extra: str) -> list[str]:
     """The nbdkit command line; `extra` are nbdkit's own options, put before the plugin."""
-    # A unix socket's address holds 107 bytes; nbdkit's own message for it does not say so.
-    if len(str(options.socket)) > 107:
-        raise UsageError(f"socket {options.socket}: path is longer than 107 bytes")
+    # nbdkit's own message for it does not say so.
+    if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+        )
     command = [find_program("nbdkit", "nbdkit"), "--unix", str(options.socket), "--readonly"]
     if options.threads is not None:
         command += ["--threads", str(options.threads)]

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dedupstore.cache import FrameCache
+from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ImageNotFoundError, UsageError
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
@@ -23,8 +24,6 @@ _GLOB_CHARACTERS = "*?["
 # Without `cache=`: this part of the machine's memory, at most that much.
 _CACHE_MEMORY_SHARE = 8
 _CACHE_BYTES_MAX = 4 << 30
-# What the address of a unix socket holds.
-_SOCKET_PATH_BYTES_MAX = 107
 
 
 def default_cache_bytes() -> int:
@@ -58,8 +57,8 @@ class Config:
 def _require_socket_path(path: Path) -> None:
     """Raise UsageError when a metrics socket cannot be made: once nbdkit has daemonised, nobody
     would see why it did not start."""
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
-        raise UsageError(f"metrics={path}: path is longer than {_SOCKET_PATH_BYTES_MAX} bytes")
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(f"metrics={path}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes")
     if not path.parent.is_dir():
         raise UsageError(f"metrics={path}: no such directory")
     if not os.access(path.parent, os.W_OK | os.X_OK):

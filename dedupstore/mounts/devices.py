@@ -22,7 +22,7 @@ from dedupstore.constants import GRID_BYTES
 from dedupstore.errors import ProgramError
 from dedupstore.mounts import kernel
 from dedupstore.mounts.programs import last_line, run_program
-from dedupstore.server import find_program
+from dedupstore.programs import find_program
 
 # The server answers on all of them in parallel; more did not read faster on two cores.
 _CONNECTIONS = 4

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
     ("errors", "constants"),
-    ("format", "erofs", "chunker", "pages", "location"),
+    ("format", "erofs", "chunker", "pages", "location", "programs"),
     ("env",),
     ("frames", "catalog", "leases"),
     ("cache", "manifest", "sources", "builders"),
