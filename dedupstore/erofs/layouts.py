@@ -117,15 +117,19 @@ def chunk_map_blocks(pieces: Iterable[bytes]) -> Iterator[int]:
     return chain.from_iterable(struct.unpack(f"<{len(piece) // 4}I", piece) for piece in pieces)
 
 
-def chunk_index_blocks(pieces: Iterable[bytes], null_block: int, device_mask: int) -> Iterator[int]:
-    """Yield the first block of each chunk of an 8-byte index, `null_block` for what is not here.
+def chunk_index_blocks(
+    pieces: Iterable[bytes], null_block: int, device_mask: int, foreign: int
+) -> Iterator[int]:
+    """Yield the first block of each chunk of an 8-byte index.
 
     `null_block`: the address of a hole, which also tells whether addresses have 32 or 48 bits.
-    `device_mask`: the significant bits of a device id; chunks on another device count as holes.
+    `device_mask`: the significant bits of a device id; `foreign` takes the place of the address of
+    a chunk on another device.
     """
     for piece in pieces:
         for high, device, low in _CHUNK_INDEX.iter_unpack(piece):
-            yield null_block if device & device_mask else (low | high << 32) & null_block
+            block = (low | high << 32) & null_block
+            yield foreign if device & device_mask and block != null_block else block
 
 
 def chunk_runs(

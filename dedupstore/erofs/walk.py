@@ -1,6 +1,6 @@
 """The walk from the root directory to every inode, and the ranges collected on the way.
 
-Owns the inode and directory entry structures, the order of the walk and its bounds. Inodes are
+Owns the order of the walk and its bounds. Inodes are
 visited in waves, one per directory level: all nids of a wave are sorted, so that one read (a
 window) serves all inodes that lie close together. Without recursion, each inode once, hard links
 and loops included. Not thread-safe; every call of `file_extents` has a walk of its own.
@@ -17,44 +17,27 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from dedupstore.erofs import layouts
+from dedupstore.erofs.inodes import (
+    INODE_SLOT_BYTES,
+    INODES_MAX,
+    KIND_DIRECTORY,
+    KINDS_WITH_CONTENTS,
+    KINDS_WITHOUT_CONTENTS,
+    TOO_MANY_INODES,
+    WINDOW_GAP_BYTES,
+    chunk_addresses,
+    metabox_space,
+    placement,
+    windows,
+)
 from dedupstore.erofs.metadata import Budget, ReadAt, Space
 from dedupstore.erofs.ranges import Range, clipped, partition
-from dedupstore.erofs.superblock import (
-    METABOX_NID_FLAG,
-    NULL_BLOCK_32,
-    NULL_BLOCK_48,
-    Superblock,
-    read_superblock,
-)
+from dedupstore.erofs.superblock import METABOX_NID_FLAG, Superblock, read_superblock
 from dedupstore.errors import ErofsError
 
-INODE_SLOT_BYTES = 32  # nids count these; no two inodes of a sound image share one
-INODES_MAX = 1 << 23  # over 1 GB of nids in sets; container and VM roots have under 2^21 files
-_TOO_MANY_INODES = "more inodes than the image has room for"
+__all__ = ["INODE_SLOT_BYTES", "RANGES_MIN", "WINDOW_GAP_BYTES", "file_extents"]  # and the bounds
+
 RANGES_MIN = 1 << 16  # collected ranges that are worth compacting
-
-# Inodes closer than this are read at once. mkfs.erofs strews inodes between file contents; a root
-# of 44,217 inodes and 1,142 MB took, best of 7, with 1 KiB 130 ms (36,927 reads, 84 MiB), 4 KiB
-# 104 ms (21,079, 74), 16 KiB 99 ms (14,272, 123), 64 KiB 112 ms (7,633, 334), 128 KiB 134 ms (504).
-WINDOW_GAP_BYTES = 16 << 10
-WINDOW_BYTES_MAX = 256 << 10
-_WINDOW_GAP_NIDS = WINDOW_GAP_BYTES // INODE_SLOT_BYTES
-_WINDOW_NIDS_MAX = WINDOW_BYTES_MAX // INODE_SLOT_BYTES
-
-COMPACT_INODE_BYTES = 32
-EXTENDED_INODE_BYTES = 64
-# i_format, i_xattr_icount, i_mode, i_nb, i_size (low), i_size (high) or i_mtime, i_u: what both
-# forms of an inode have in common.
-_INODE = struct.Struct("<HHHHIII")
-_FORMAT_EXTENDED = 0x1
-_FORMAT_NLINK_1 = 0x10  # of a compact inode that is no directory: i_nb extends i_u to 48 bits
-_FORMAT_KNOWN = 0x1F
-_XATTR_HEADER_LESS_ENTRY_BYTES = 8  # a 12-byte header takes the place of the first 4-byte entry
-
-_KIND_MASK = 0xF000
-_KIND_DIRECTORY = 0x4000
-_KINDS_WITH_CONTENTS = frozenset((_KIND_DIRECTORY, 0x8000, 0xA000))  # and REG, LNK
-_KINDS_WITHOUT_CONTENTS = frozenset((0x1000, 0x2000, 0x6000, 0xC000))  # FIFO, CHR, BLK, SOCK
 
 _DIRENT = struct.Struct("<Q2xBx")  # nid, (nameoff), file_type
 _DIRENT_TYPES_WITHOUT_CONTENTS = frozenset((3, 4, 5, 6))  # CHRDEV, BLKDEV, FIFO, SOCK
@@ -84,30 +67,6 @@ def file_extents(read_at: ReadAt, size: int) -> list[Range]:
     return partition(clipped(walk.ranges, size))
 
 
-def _inode(window: bytes, at: int, offset: int) -> tuple[int, int, int, int, int]:
-    """Return layout, file type, size, i_u and bytes of the inode at `at` in `window`.
-
-    The size is the file's in bytes; i_u is a block address, a block count or a chunk format; the
-    inode's own bytes include inline xattrs and so tell where a tail or a map begins. `offset`:
-    where the inode lies in the image. A plain tuple, because this runs once per inode.
-    """
-    form, xattrs, mode, high, size, size_high, first = _INODE.unpack_from(window, at)
-    if form & ~_FORMAT_KNOWN:
-        raise ErofsError(offset, f"unknown inode format {form:#x}")
-    kind = mode & _KIND_MASK
-    if form & _FORMAT_EXTENDED:
-        inode_bytes = EXTENDED_INODE_BYTES
-        size |= size_high << 32
-        first |= high << 32
-    else:
-        inode_bytes = COMPACT_INODE_BYTES
-        if form & _FORMAT_NLINK_1 and kind != _KIND_DIRECTORY:
-            first |= high << 32
-    if xattrs:
-        inode_bytes += _XATTR_HEADER_LESS_ENTRY_BYTES + 4 * xattrs
-    return form >> 1 & 7, kind, size, first, inode_bytes
-
-
 class _Walk:
     """One walk: the spaces in which inodes lie, what was visited, what was found."""
 
@@ -128,43 +87,24 @@ class _Walk:
     def run(self) -> None:
         """Visit every inode that can be reached, wave by wave."""
         superblock = self._superblock
-        metabox = self._metabox_space() if superblock.metabox_nid else None
+        metabox = metabox_space(self._image, self._read_at, superblock, self._size, self._budget)
         wave = {superblock.root_nid}
         wave.update(nid for nid in (superblock.packed_nid, superblock.metabox_nid) if nid)
         while wave:
             self._visited |= wave
             if len(self._visited) > self._inodes_max:
-                raise ErofsError(self._image.base, _TOO_MANY_INODES)
+                raise ErofsError(self._image.base, TOO_MANY_INODES)
             nids = sorted(wave)
             boxed = bisect_left(nids, METABOX_NID_FLAG) if superblock.metabox_nid else len(nids)
             self._visit(self._image, nids[:boxed])
             if metabox is not None:
-                self._visit(metabox, [nid ^ METABOX_NID_FLAG for nid in nids[boxed:]])
+                self._visit(metabox, nids[boxed:])
             wave, self._found = self._found - self._visited, set()
-
-    def _metabox_space(self) -> Space | None:
-        """Return the metabox inode's contents; None when they are compressed."""
-        offset = self._image.base + self._superblock.metabox_nid * INODE_SLOT_BYTES
-        raw = self._image.bytes_at(offset, COMPACT_INODE_BYTES)
-        layout, _, size, first, _ = _inode(raw, 0, offset)
-        if layout != layouts.FLAT_PLAIN:  # the only uncompressed form mkfs.erofs gives it
-            return None
-        start = first << self._bits
-        return Space(self._read_at, start, min(start + size, self._size), self._budget)
 
     def _visit(self, space: Space, nids: Sequence[int]) -> None:
         """Visit the inodes `nids`, ascending, of one space."""
-        if not nids:
-            return
-        last = space.base + nids[-1] * INODE_SLOT_BYTES
-        if last + COMPACT_INODE_BYTES > space.end:
-            raise ErofsError(last, "an inode lies behind the end of the metadata")
-        for first, behind in _batches(nids):
-            origin = space.base + nids[first] * INODE_SLOT_BYTES
-            last = space.base + nids[behind - 1] * INODE_SLOT_BYTES
-            wanted = layouts.aligned(last + EXTENDED_INODE_BYTES, self._block_bytes) - origin
-            window = space.load_window(origin, last + COMPACT_INODE_BYTES - origin, wanted)
-            self._visit_window(space, window, origin, nids[first:behind])
+        for window, origin, part in windows(space, nids, self._block_bytes):
+            self._visit_window(space, window, origin, part)
             self._limit_ranges()
 
     def _visit_window(self, space: Space, window: bytes, origin: int, nids: Sequence[int]) -> None:
@@ -175,9 +115,9 @@ class _Walk:
         add = self.ranges.append
         for nid in nids:
             at = delta + nid * INODE_SLOT_BYTES
-            layout, kind, size, first, inode_bytes = _inode(window, at, origin + at)
-            if kind not in _KINDS_WITH_CONTENTS:
-                if kind not in _KINDS_WITHOUT_CONTENTS:
+            layout, kind, size, first, inode_bytes = placement(window, at, origin + at)
+            if kind not in KINDS_WITH_CONTENTS:
+                if kind not in KINDS_WITHOUT_CONTENTS:
                     raise ErofsError(origin + at, f"unknown file type {kind:#o}")
             elif layout in (layouts.FLAT_PLAIN, layouts.FLAT_INLINE):
                 blocks = (size + mask) >> bits
@@ -185,7 +125,7 @@ class _Walk:
                     blocks -= 1
                 if blocks:  # a hole's block address lies behind any image, and is clipped
                     add((first << bits, (first + blocks) << bits))
-                if kind == _KIND_DIRECTORY:
+                if kind == KIND_DIRECTORY:
                     self._read_flat_directory(space, origin + at + inode_bytes, size, first, blocks)
             else:
                 self._visit_mapped(space, layout, kind, size, first, origin + at + inode_bytes)
@@ -218,7 +158,7 @@ class _Walk:
                 if kind not in _DIRENT_TYPES_WITHOUT_CONTENTS
             )
         if len(self._found) > self._inodes_max:  # here, so that one directory cannot fill memory
-            raise ErofsError(offset, _TOO_MANY_INODES)
+            raise ErofsError(offset, TOO_MANY_INODES)
 
     def _visit_mapped(
         self, space: Space, layout: int, kind: int, size: int, first: int, map_at: int
@@ -226,7 +166,7 @@ class _Walk:
         """Collect the runs of an inode whose contents are chunked or compressed."""
         if layout == layouts.CHUNK_BASED:
             self._collect(self._chunk_runs(space, size, first, map_at))
-            if kind == _KIND_DIRECTORY:
+            if kind == KIND_DIRECTORY:
                 # Directory blocks stand alone: neither their order nor holes matter.
                 for start, end in self._chunk_runs(space, size, first, map_at):
                     self._read_directory_blocks(start, end - start)
@@ -238,23 +178,11 @@ class _Walk:
             raise ErofsError(map_at, f"unknown inode layout {layout}")
 
     def _chunk_runs(self, space: Space, size: int, form: int, map_at: int) -> Iterator[Range]:
-        form &= 0xFFFF
-        if form & ~layouts.CHUNK_KNOWN:
-            raise ErofsError(map_at, f"unknown chunk format {form:#x}")
-        bits = self._bits
-        chunk_blocks = 1 << (form & layouts.CHUNK_BITS_MASK)
-        file_blocks = (size + self._block_bytes - 1) >> bits
-        chunks = -(-file_blocks // chunk_blocks)
-        null_block = NULL_BLOCK_32
-        if form & layouts.CHUNK_INDEXES:
-            if form & layouts.CHUNK_48BIT:
-                null_block = NULL_BLOCK_48
-            pieces = space.pieces(layouts.aligned(map_at, 8), chunks * 8)
-            device_mask = self._superblock.device_mask
-            blocks = layouts.chunk_index_blocks(pieces, null_block, device_mask)
-        else:
-            blocks = layouts.chunk_map_blocks(space.pieces(layouts.aligned(map_at, 4), chunks * 4))
-        return layouts.chunk_runs(blocks, null_block, chunk_blocks, file_blocks, bits)
+        blocks, null_block, chunk_blocks = chunk_addresses(
+            space, self._superblock, size, form, map_at, foreign=None
+        )
+        file_blocks = (size + self._block_bytes - 1) >> self._bits
+        return layouts.chunk_runs(blocks, null_block, chunk_blocks, file_blocks, self._bits)
 
     def _visit_compact(self, space: Space, size: int, file_blocks: int, map_at: int) -> None:
         if not file_blocks:  # all in the inode or in the packed inode
@@ -304,15 +232,3 @@ class _Walk:
         """Resolve what was collected when it is more than a sound image could need."""
         if len(self.ranges) > self._ranges_max:
             self.ranges = partition(clipped(self.ranges, self._size))
-
-
-def _batches(nids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Index ranges of ascending `nids` whose inodes are worth one read."""
-    first = 0
-    start = previous = nids[0]
-    for index, nid in enumerate(nids):
-        if nid - previous > _WINDOW_GAP_NIDS or nid - start > _WINDOW_NIDS_MAX:
-            yield first, index
-            first, start = index, nid
-        previous = nid
-    yield first, len(nids)
