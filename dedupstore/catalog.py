@@ -1,13 +1,14 @@
-"""Names and manifests: databases `images` and `manifests`, the roots of garbage collection.
+"""Names, manifests and views: what garbage collection starts from.
 
-Owns the rules for names and the lookups; every function runs inside the caller's transaction and is
-as thread-safe as that.
+Owns the rules for names, when a view is of use, and the lookups; every function runs inside the
+caller's transaction and is as thread-safe as that.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 
 import lmdb
 
@@ -100,3 +101,74 @@ def read_manifest(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt
 def read_summary(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt.ManifestRecord:
     """The manifest's counters without its columns."""
     return fmt.decode_manifest_summary(manifest_record(txn, env, digest), digest)
+
+
+# --- views ---
+
+
+def find_view(
+    txn: lmdb.Transaction, env: Environment, image: bytes, kind: int
+) -> fmt.ViewRecord | None:
+    """The view of a kind (fmt.VIEW_*) of an image digest, if it is there, sound and complete."""
+    key = fmt.view_key(image, kind)
+    record = txn.get(key, db=env.meta)
+    if record is None:
+        return None
+    try:
+        view = fmt.decode_view(record, key)
+    except StoreDamagedError:
+        return None
+    needed = (view.digest, *view.homes)
+    if all(txn.get(digest, db=env.manifests) is not None for digest in needed):
+        return view
+    return None
+
+
+def put_view(
+    txn: lmdb.Transaction, env: Environment, image: bytes, kind: int, view: fmt.ViewRecord
+) -> None:
+    """Record a view, instead of one of the same kind, and that the store has views."""
+    key = fmt.view_key(image, kind)
+    txn.put(key, fmt.encode_view(view, key), db=env.meta)
+    superblock = fmt.decode_superblock(txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b"")
+    if not superblock.features_compat & fmt.FEATURE_COMPAT_VIEWS:
+        features = superblock.features_compat | fmt.FEATURE_COMPAT_VIEWS
+        superblock = replace(superblock, features_compat=features)
+        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+
+
+def list_views(
+    txn: lmdb.Transaction, env: Environment
+) -> Iterator[tuple[bytes, int, fmt.ViewRecord | StoreDamagedError]]:
+    """(image digest, kind, record or what is wrong with it) of every view, complete or not."""
+    for key, record in txn.cursor(db=env.meta):
+        named = fmt.decode_view_key(key)
+        if named is not None:
+            try:
+                yield *named, fmt.decode_view(record, bytes(key))
+            except StoreDamagedError as error:
+                yield *named, error
+
+
+def split_views(
+    txn: lmdb.Transaction, env: Environment, named: set[bytes]
+) -> tuple[list[fmt.ViewRecord], list[bytes]]:
+    """The views that mounts may still need, and the keys of the others, given the digests of all
+    images with a name.
+
+    A view serves mounts of its image by name, so it ends with the last name; and it ends with any
+    of its homes, whose contents it would otherwise keep although their own image is gone. Whatever
+    is mounted keeps its manifest by a lease; the next mount derives a new view.
+    """
+    views: dict[tuple[bytes, int], fmt.ViewRecord] = {}
+    keys = []
+    for image, kind, view in list_views(txn, env):
+        keys.append((image, kind))
+        if image in named and isinstance(view, fmt.ViewRecord):
+            views[image, kind] = view
+    while True:
+        homes = {view.digest for (_, kind), view in views.items() if kind == fmt.VIEW_POOL}
+        left = {key: view for key, view in views.items() if homes.issuperset(view.homes)}
+        if len(left) == len(views):
+            return list(left.values()), [fmt.view_key(*key) for key in keys if key not in left]
+        views = left

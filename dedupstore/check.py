@@ -113,6 +113,9 @@ class _Check:
         self.tables: dict[int, bytes] = {}
         self.damaged: dict[int, str] = {}
         self._bad_keys: list[bytes] = []
+        # Manifests that are views, each with its keys; the keys of those that are damaged.
+        self._views: dict[bytes, list[bytes]] = {}
+        self._bad_views: list[bytes] = []
         self.chunks = self.bytes = self.images = 0
         self._stored_bytes = 0
         self._raw_bytes = 0
@@ -273,7 +276,7 @@ class _Check:
 
     def verify_images(self, txn: lmdb.Transaction) -> None:
         """Every name has its manifest, every manifest its chunks and its digest."""
-        names: dict[bytes, list[str]] = {}
+        names = self._verify_views(txn)
         for key, record in txn.cursor(db=self.env.images):
             self.images += 1
             name = None
@@ -288,9 +291,26 @@ class _Check:
                 self._find("images", "has no manifest", image=name)
         for key, record in txn.cursor(db=self.env.manifests):
             digest = bytes(key)
+            before = len(self.findings)
             for called in names.get(digest) or (None,):
                 self._verify_manifest(txn, digest, record, called)
+            if len(self.findings) > before:
+                self._bad_views += self._views.get(digest, [])
         self._find_unread_damage(txn)
+
+    def _verify_views(self, txn: lmdb.Transaction) -> dict[bytes, list[str]]:
+        """Note which manifests are views; return what findings call them."""
+        names: dict[bytes, list[str]] = {}
+        for image, kind, view in catalog.list_views(txn, self.env):
+            key = fmt.view_key(image, kind)
+            if isinstance(view, fmt.ViewRecord):
+                self._views.setdefault(view.digest, []).append(key)
+                if view.digest != image:
+                    names.setdefault(view.digest, []).append(f"view of {image.hex()[:16]}")
+            else:
+                self._bad_views.append(key)
+                self._find("views", str(view))
+        return names
 
     def _find_unread_damage(self, txn: lmdb.Transaction) -> None:
         """Damaged frames that no image reads yet: the next import would rely on their chunks."""
@@ -360,8 +380,9 @@ class _Check:
     # --- repair ---
 
     def repair(self) -> None:
-        """Mend index and totals from the frames, and take damaged frames out of the index, so that
-        the next import of their contents stores them anew instead of relying on them."""
+        """Mend index and totals from the frames; take damaged frames out of the index, so that the
+        next import of their contents stores them anew instead of relying on them; and forget
+        damaged views, so that the next mount derives them anew."""
         env = self.env
         with env.write() as txn:
             for key in self._bad_keys:
@@ -370,6 +391,8 @@ class _Check:
                 # Under the write lock now: a gc may have removed it since it was found damaged.
                 if isinstance(self._verify_frame(frame), str):
                     self._quarantine(txn, frame)
+            for key in self._bad_views:
+                txn.delete(key, db=env.meta)
             if self._index_wrong:
                 self._rebuild_index(txn)
             try:
@@ -377,7 +400,7 @@ class _Check:
             except StoreDamagedError:
                 frame_next = 1
             write_totals(txn, env, self._count_totals(txn, frame_next))
-        mendable = ("index", "totals", "frames")
+        mendable = ("index", "totals", "frames", "views")
         self.findings = [
             replace(finding, mended=True) if finding.what in mendable else finding
             for finding in self.findings

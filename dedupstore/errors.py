@@ -134,6 +134,12 @@ class ErofsError(DedupError):
         self.reason = reason
 
 
+class NotShareableError(DedupError):
+    """An image cannot be mounted in the way that was asked for; mounted without sharing it can."""
+
+    errno = errno.EOPNOTSUPP
+
+
 class ProgramError(DedupError):
     """A program that does part of the work is missing or failed; `program` is its name."""
 

@@ -34,6 +34,9 @@ FORMAT_VERSION = 1
 # does not know, only reads one with a read-only-compatible flag, and ignores compatible flags.
 FEATURES_INCOMPAT_KNOWN = 0
 FEATURES_READONLY_COMPAT_KNOWN = 0
+# Set with the first view record. Compatible: a release without views reclaims them like any image
+# that lost its name, and leaves records that lead nowhere, which count as none.
+FEATURE_COMPAT_VIEWS = 1
 
 DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
@@ -60,6 +63,7 @@ _FRAME = struct.Struct("<QBBHI")
 _SLOT = struct.Struct("<32sI")
 _INDEX = struct.Struct("<QI")
 _IMAGE = struct.Struct("<32sQQB")
+_VIEW = struct.Struct("<32sQII")
 _MANIFEST = struct.Struct("<QHHIQQQQ")
 _FRAME_KEY = struct.Struct(">Q")
 _DRAFT_KEY = struct.Struct(">16sI")
@@ -70,11 +74,13 @@ assert _FRAME.size == 16
 assert _SLOT.size == 36
 assert _INDEX.size == 12
 assert _IMAGE.size == 49
+assert _VIEW.size == 48
 assert _MANIFEST.size == 48
 assert array("Q").itemsize == 8
 assert sys.byteorder == "little"  # arrays are written as they are in memory
 
 SUPER_MAGIC = b"dedupSTR"
+SUPERBLOCK_KEY = b"superblock"
 MANIFEST_VERSION = 1
 IMAGE_DIGEST_CONTEXT = "dedupstore 2026-11 image digest 1"
 
@@ -506,6 +512,62 @@ def decode_image(record: Buffer, name: bytes) -> ImageRecord:
     what = f"image {name.decode(errors='replace')!r}"
     body = _unguarded(record, what, xxh3_64_intdigest(name))
     return ImageRecord(*_unpack(_IMAGE, body, what))  # type: ignore[arg-type]
+
+
+# --- views ---
+
+VIEW_KERNEL = 1
+VIEW_POOL = 2
+_VIEW_KEY_PREFIX = b"view"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRecord:
+    """An image derived from another, for mounts that share. `digest` is the manifest it is stored
+    as; `homes` the digests of further views whose objects it needs; `objects` the SHA-256 of each
+    file content that is an object of its own, by number. `created_ns` as in `ImageRecord`.
+    """
+
+    digest: bytes
+    created_ns: int
+    homes: tuple[bytes, ...] = ()
+    objects: tuple[bytes, ...] = ()
+
+
+def view_key(image: bytes, kind: int) -> bytes:
+    """Key of database `meta`: the view of `kind` (VIEW_*) of the image with digest `image`."""
+    return _VIEW_KEY_PREFIX + bytes((kind,)) + image
+
+
+def decode_view_key(key: Buffer) -> tuple[bytes, int] | None:
+    """(image digest, kind) of a key of database `meta`; None if it is no view's."""
+    raw = bytes(key)
+    if len(raw) != len(_VIEW_KEY_PREFIX) + 1 + DIGEST_BYTES or raw[:4] != _VIEW_KEY_PREFIX:
+        return None
+    return raw[5:], raw[4]
+
+
+def encode_view(view: ViewRecord, key: bytes) -> bytes:
+    """Value of a view's key."""
+    counts = (len(view.homes), len(view.objects))
+    body = _VIEW.pack(view.digest, view.created_ns, *counts)
+    return _guarded(body + b"".join((*view.homes, *view.objects)), xxh3_64_intdigest(key))
+
+
+def decode_view(record: Buffer, key: bytes) -> ViewRecord:
+    """Return the record of a view's key."""
+    what = f"view {key[5:13].hex()}"
+    body = _unguarded(record, what, xxh3_64_intdigest(key))
+    digest, created_ns, homes, objects = _unpack(_VIEW, body, what)
+    assert isinstance(digest, bytes)
+    assert isinstance(created_ns, int)
+    assert isinstance(homes, int)
+    assert isinstance(objects, int)
+    digests = bytes(body[_VIEW.size :])
+    if len(digests) != (homes + objects) * DIGEST_BYTES:
+        raise StoreDamagedError(f"{what} record has a ragged length")
+    split = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
+    return ViewRecord(digest, created_ns, tuple(split[:homes]), tuple(split[homes:]))
 
 
 def draft_key(session: bytes, sequence: int) -> bytes:

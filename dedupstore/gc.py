@@ -62,6 +62,15 @@ class _Marks:
                 live[ref >> fmt.REF_SLOT_BITS] |= ((1 << count) - 1) << (ref & fmt.REF_SLOT_MASK)
 
 
+@dataclass(frozen=True, slots=True)
+class _Unneeded:
+    """Keys of what nobody needs, in databases `manifests`, `drafts` and `meta`."""
+
+    manifests: list[bytes]
+    drafts: list[bytes]
+    views: list[bytes]
+
+
 class Collector:
     """One garbage collection of one store. Not thread-safe."""
 
@@ -103,14 +112,14 @@ class Collector:
 
     # --- mark ---
 
-    def _mark_roots(
-        self, txn: lmdb.Transaction, reclaim: Reclaim
-    ) -> tuple[list[bytes], list[bytes]]:
-        """Mark everything that is needed and not marked yet; return the manifests and draft keys
-        that nobody needs. Those are claimed: nobody can come to need them while `reclaim` lives.
+    def _mark_roots(self, txn: lmdb.Transaction, reclaim: Reclaim) -> _Unneeded:
+        """Mark everything that is needed and not marked yet; return what nobody needs. Of that,
+        manifests and drafts are claimed: nobody can come to need them while `reclaim` lives.
         """
         env, marks = self._env, self._marks
         named = {image.digest for _, image in catalog.list_images(txn, env)}
+        views, view_keys = catalog.split_views(txn, env, named)
+        named.update(view.digest for view in views)
         unneeded: list[bytes] = []
         for key in txn.cursor(db=env.manifests).iternext(values=False):
             digest = bytes(key)
@@ -119,7 +128,7 @@ class Collector:
             elif digest not in marks.manifests:
                 marks.add_manifest(catalog.read_manifest(txn, env, digest))
                 marks.manifests.add(digest)
-        return unneeded, self._mark_drafts(txn, reclaim)
+        return _Unneeded(unneeded, self._mark_drafts(txn, reclaim), view_keys)
 
     def _mark_drafts(self, txn: lmdb.Transaction, reclaim: Reclaim) -> list[bytes]:
         marks = self._marks
@@ -147,8 +156,8 @@ class Collector:
         """Fill the counters for a dry run without changing anything."""
         env = self._env
         with env.read() as txn, Reclaim(self._store) as reclaim:
-            manifests, drafts = self._mark_roots(txn, reclaim)
-            self._manifests, self._drafts = len(manifests), len(drafts)
+            unneeded = self._mark_roots(txn, reclaim)
+            self._manifests, self._drafts = len(unneeded.manifests), len(unneeded.drafts)
             for frame, mask in dead.items():
                 record = txn.get(fmt.frame_key(frame), db=env.frames)
                 if record is None:
@@ -189,13 +198,16 @@ class Collector:
         chunks, so that every manifest in the store is complete at every moment."""
         env, live = self._env, self._marks.live
         with Reclaim(self._store) as reclaim, env.write() as txn:
-            manifests, drafts = self._mark_roots(txn, reclaim)
-            for digest in manifests:
-                txn.delete(digest, db=env.manifests)
-            for draft in drafts:
-                txn.delete(draft, db=env.drafts)
-            self._manifests += len(manifests)
-            self._drafts += len(drafts)
+            unneeded = self._mark_roots(txn, reclaim)
+            for database, keys in (
+                (env.meta, unneeded.views),
+                (env.manifests, unneeded.manifests),
+                (env.drafts, unneeded.drafts),
+            ):
+                for key in keys:
+                    txn.delete(key, db=database)
+            self._manifests += len(unneeded.manifests)
+            self._drafts += len(unneeded.drafts)
             writer = FrameWriter(txn, env)
             for frame in frames:
                 dropped = writer.retain(frame, live.get(frame, 0), self._codecs)

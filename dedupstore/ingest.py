@@ -32,8 +32,8 @@ from dedupstore.erofs import file_extents, is_erofs
 from dedupstore.errors import ErofsError, SourceError
 from dedupstore.frames import Codecs, FrameBuilder, NewFrame, encode_new, find_chunk
 from dedupstore.leases import Leases, session_byte
-from dedupstore.sources import Source
-from dedupstore.staging import Reused, Staging, provisional_ref
+from dedupstore.sources import FileSource, Source
+from dedupstore.staging import Publish, Reused, Staging, provisional_ref
 
 # Segments that may be hashed ahead of the calling thread, and frames that may wait for compression.
 _SEGMENTS_AHEAD = 6
@@ -47,7 +47,6 @@ class Imported:
 
     digest: bytes
     size: int
-    kind: int
     chunks: int
     unique_bytes: int
     zero_bytes: int
@@ -66,7 +65,7 @@ class _Hashed:
     data: bytes = b""
 
 
-def plan(source: Source) -> tuple[int, Iterable[Segment]]:
+def plan(source: FileSource) -> tuple[int, Iterable[Segment]]:
     """The image's kind (fmt.KIND_*) and its segments.
 
     An image whose EROFS metadata is malformed is imported like any other raw image.
@@ -102,13 +101,18 @@ class Ingest:
         self._staging = Staging(env, source, self._codecs, self._session)
         self._new_chunks = self._new_bytes = 0
 
-    def run(self, name: str, on_progress: Callable[[int], None]) -> Imported:
-        """Import the source as image `name`; `on_progress` gets the bytes done since the last call.
+    def run(
+        self,
+        segments: Iterable[Segment],
+        publish: Publish,
+        on_progress: Callable[[int], None],
+    ) -> Imported:
+        """Store the source, cut into `segments` (ascending; what lies between them are zeros), and
+        `publish` it; `on_progress` gets the bytes done since the last call.
 
-        Raises ImageExistsError, SourceError, StoreFullError; the store is then as it was, except
-        for chunks that the next gc reclaims.
+        Raises what `publish` raises, SourceError, StoreFullError; the store is then as it was,
+        except for chunks that the next gc reclaims.
         """
-        kind, segments = plan(self._source)
         self._leases.take(session_byte(self._session))
         pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
         try:
@@ -119,8 +123,9 @@ class Ingest:
                 on_progress(self._position - offset)
             self._absorb_hole(self._source.size - self._position)
             self._finish_frames(pool)
-            return self._commit_image(name, kind)
+            return self._commit(publish)
         finally:
+            self._source.abandon()
             pool.shutdown(cancel_futures=True)
             self._staging.close()
             self._leases.release(session_byte(self._session))
@@ -142,7 +147,7 @@ class Ingest:
 
     def _hash(self, segment: Segment) -> list[_Hashed]:
         """Read, cut, hash and look up one segment. Runs on a worker."""
-        data = memoryview(self._source.read_at(segment.offset, segment.length))
+        data = memoryview(self._source.read_segment(segment.offset, segment.length))
         if len(data) != segment.length:
             raise SourceError(
                 f"{self._source.name}: became shorter while it was imported "
@@ -230,13 +235,12 @@ class Ingest:
             frame, future = self._encoding.popleft()
             self._staging.add(frame, future.result())
 
-    def _commit_image(self, name: str, kind: int) -> Imported:
+    def _commit(self, publish: Publish) -> Imported:
         digest = self._digest.finish()
-        manifest = self._staging.commit_image(name, kind, digest, self._manifest)
+        manifest = self._staging.commit(digest, self._manifest, publish)
         return Imported(
             digest,
             manifest.size,
-            kind,
             manifest.chunks,
             manifest.unique_bytes,
             manifest.zero_bytes,

@@ -1,7 +1,8 @@
 """What an import reads from: any file, block device or stream, as bytes at offsets.
 
-Owns opening, sizing and the map of holes; knows nothing of formats. `Source.read_at` is thread-safe
-(pread), everything else belongs to the importing thread.
+Owns the contract between importer and source, and the source that is a file: opening, sizing and
+the map of holes. Knows nothing of formats. Reading is thread-safe (pread), everything else belongs
+to the importing thread.
 """
 
 from __future__ import annotations
@@ -13,13 +14,31 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
+from dedupstore.archives import DAMAGE
 from dedupstore.errors import SourceError, StoreFullError
 
 
-class Source:
-    """An open image to import. `size` in bytes; `name` is what messages call it."""
+class Source(Protocol):
+    """The bytes of an image to import. `size` in bytes; `name` is what messages call it."""
+
+    name: str
+    size: int
+
+    def read_segment(self, offset: int, length: int) -> bytes:
+        """The bytes that are going to be stored: called once for each segment, on any thread,
+        segments begun in ascending order. Short only at the end. Raises SourceError."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The same bytes, once more or for a look. Thread-safe."""
+
+    def abandon(self) -> None:
+        """No segment will be read any more: whoever waits for one must give up."""
+
+
+class FileSource:
+    """An open file or block device to import."""
 
     def __init__(self, file: int, name: str) -> None:
         """Take ownership of the open file descriptor."""
@@ -42,6 +61,13 @@ class Source:
         except OSError as error:
             raise SourceError(f"{self.name}: read at byte {offset}: {error.strerror}") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_segment(self, offset: int, length: int) -> bytes:
+        """See `Source`."""
+        return self.read_at(offset, length)
+
+    def abandon(self) -> None:
+        """Nobody waits: segments do not depend on each other."""
 
     def data_regions(self) -> Iterator[tuple[int, int]]:
         """(start, end) of what may hold data; what lies between reads as zeros."""
@@ -73,7 +99,7 @@ class Source:
         os.close(self._file)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> FileSource:
     """Open a regular file or a block device. Raises SourceError."""
     try:
         # Not to wait for a pipe's writer: what is no file is refused below.
@@ -84,10 +110,10 @@ def open_source(path: Path) -> Source:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(file)
         raise SourceError(f"{path}: neither a file, a block device nor a directory")
-    return Source(file, str(path))
+    return FileSource(file, str(path))
 
 
-def spool(stream: BinaryIO, directory: Path, name: str) -> Source:
+def spool(stream: BinaryIO, directory: Path, name: str) -> FileSource:
     """Copy a stream into an unnamed file in `directory` and open that: cutting needs to seek."""
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
@@ -96,5 +122,7 @@ def spool(stream: BinaryIO, directory: Path, name: str) -> Source:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFullError(f"{directory}: no space left to spool {name}") from None
-            raise SourceError(f"{name}: {error.strerror}") from None
-        return Source(os.dup(file.fileno()), name)
+            raise SourceError(f"{name}: {error.strerror or error}") from None
+        except DAMAGE as error:
+            raise SourceError(f"{name}: damaged archive: {error}") from None
+        return FileSource(os.dup(file.fileno()), name)

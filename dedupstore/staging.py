@@ -8,12 +8,11 @@ the background belongs to its calling thread.
 Crash rules (docs/format.md, "Write order"): every batch commits its frames together with a *draft*,
 the list of references that the unfinished manifest relies on. Drafts are roots for gc as long as
 the import's session lease is held, and garbage as soon as it is not. The last transaction writes
-manifest and name and removes the drafts, so an image exists completely or not at all.
+manifest and name (or view) and removes the drafts, so an image exists completely or not at all.
 """
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,13 +21,16 @@ from dataclasses import dataclass, field
 import lmdb
 from blake3 import blake3
 
-from dedupstore import catalog
 from dedupstore import format as fmt
 from dedupstore.constants import BATCH_BYTES
 from dedupstore.env import Environment
 from dedupstore.errors import SourceError
 from dedupstore.frames import Codecs, FrameWriter, NewFrame, encode_new, find_chunk
 from dedupstore.sources import Source
+
+Publish = Callable[[lmdb.Transaction, bytes, fmt.ManifestRecord], None]
+"""(transaction, image digest, manifest): makes the finished image a root, by a name or as a view;
+runs inside the import's last transaction."""
 
 # Marks a reference to a frame of this import that may have no number yet.
 _PROVISIONAL = 1 << 63
@@ -97,17 +99,17 @@ class Staging:
             self._committing.result()
             self._committing = None
 
-    def commit_image(
+    def commit(
         self,
-        name: str,
-        kind: int,
         digest: bytes,
         build: Callable[[Callable[[int], int]], fmt.ManifestRecord],
+        publish: Publish,
     ) -> fmt.ManifestRecord:
-        """Store the rest, the manifest and the name in one transaction; return the manifest.
+        """Store the rest, the manifest and what `publish` adds in one transaction; return the
+        manifest.
 
         `build` makes the manifest; it gets the function that turns references into final ones.
-        Raises ImageExistsError.
+        Raises what `publish` raises; nothing is committed then.
         """
         self._wait()
         with self._env.write() as txn:
@@ -116,8 +118,7 @@ class Staging:
             # Replaces the manifest of the same image: its references are the same, unless they
             # lead to chunks that were damaged and have just been stored anew.
             txn.put(digest, fmt.encode_manifest(manifest, digest), db=self._env.manifests)
-            image = fmt.ImageRecord(digest, manifest.size, time.time_ns(), kind)
-            catalog.add_image(txn, self._env, name, image)
+            publish(txn, digest, manifest)
             for sequence in range(self._drafts):
                 txn.delete(fmt.draft_key(self._session, sequence), db=self._env.drafts)
         return manifest

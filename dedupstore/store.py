@@ -12,7 +12,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +21,33 @@ from weakref import WeakValueDictionary
 
 import lmdb
 
-from dedupstore import builders, catalog, gc
+from dedupstore import archives, catalog, gc
 from dedupstore import format as fmt
+from dedupstore.building import BuiltSource
+from dedupstore.chunker import Segment
 from dedupstore.env import DATA_FILE, Environment
+from dedupstore.erofs.tree import Directory
+from dedupstore.erofs.writer import plan_image, scan_directory, scan_tar
 from dedupstore.errors import (
     ImageExistsError,
+    ImageNotFoundError,
+    SourceError,
     StoreAccessError,
     StoreDamagedError,
     StoreExistsError,
     UsageError,
 )
 from dedupstore.frames import FrameLoader, read_totals, write_totals
-from dedupstore.ingest import Imported, Ingest
-from dedupstore.leases import Leases, create_lock_file, image_byte, session_byte
+from dedupstore.ingest import Imported, Ingest, plan
+from dedupstore.leases import Leases, create_lock_file, image_byte
 from dedupstore.manifest import Manifest
-from dedupstore.sources import Source, open_source, spool
+from dedupstore.sources import FileSource, Source, open_source, spool
+from dedupstore.staging import Publish
 
-SUPERBLOCK_KEY = b"superblock"
 TEMPORARY_DIRECTORY = "tmp"
 STANDARD_INPUT = "-"
 
-_ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".tar", ".tgz", ".txz", ".tbz2")
+_ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".txz", ".tbz2", ".tzst")
 _IMAGE_SUFFIXES = (".erofs", ".img", ".raw", ".iso", ".ext4", ".squashfs")
 
 
@@ -101,7 +107,7 @@ class Store:
         self.env = Environment(path)
         try:
             with self.env.read() as txn:
-                record = txn.get(SUPERBLOCK_KEY, db=self.env.meta)
+                record = txn.get(fmt.SUPERBLOCK_KEY, db=self.env.meta)
                 if record is None:
                     raise StoreDamagedError(f"{self.env.path}: not a dedupstore store")
                 self.superblock = fmt.decode_superblock(record)
@@ -146,7 +152,7 @@ class Store:
         try:
             with env.write() as txn:
                 superblock = fmt.Superblock(uuid.uuid4().bytes, time.time_ns())
-                txn.put(SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+                txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
                 write_totals(txn, env, fmt.Totals())
         finally:
             env.close()
@@ -182,6 +188,21 @@ class Store:
         with self.env.read() as txn:
             image = catalog.find_image(txn, self.env, name)
             return _info(name, image, catalog.read_summary(txn, self.env, image.digest))
+
+    def digests_of(self, names: Iterable[str]) -> set[bytes]:
+        """The digests of images by name and of their views; names that are gone do not count."""
+        wanted = set(names)
+        with self.env.read() as txn:
+            found = {
+                image.digest for name, image in catalog.list_images(txn, self.env) if name in wanted
+            }
+            views = catalog.list_views(txn, self.env)
+            derived = {
+                view.digest
+                for image, _, view in views
+                if image in found and isinstance(view, fmt.ViewRecord)
+            }
+        return found | derived
 
     def clone(self, source: str, target: str) -> None:
         """Give the image `source` the further name `target`: O(1), nothing is copied."""
@@ -227,6 +248,21 @@ class Store:
                 raise
             self.leases.release(image_byte(digest))
 
+    def open_digest(self, digest: bytes) -> Manifest:
+        """The manifest of an image or view by its digest, leased until `close_manifest`.
+
+        Raises ImageNotFoundError.
+        """
+        self.leases.take(image_byte(digest))
+        try:
+            with self.env.read() as txn:
+                if txn.get(digest, db=self.env.manifests) is None:
+                    raise ImageNotFoundError(digest.hex())
+                return self._shared_manifest(txn, digest)
+        except BaseException:
+            self.leases.release(image_byte(digest))
+            raise
+
     def _shared_manifest(self, txn: lmdb.Transaction, digest: bytes) -> Manifest:
         """One object for all who have the image or a clone of it open. Two threads may decode the
         same manifest at once; one of the results then simply serves fewer readers."""
@@ -254,23 +290,22 @@ class Store:
         name = name or default_name(path)
         self._require_new(name)
         if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for what cannot be looked at
-            return name, self._import_built(path, name, on_progress, builders.build_image)
+            return name, self._import_tree(scan_directory(path), str(path), name, on_progress)
         with _opened(open_source(path)) as source:
-            if stat.S_ISREG(path.stat().st_mode) and builders.is_tar(path):
-                return name, self._import_built(path, name, on_progress, self._build_from_tar)
-            return name, self._import(source, name, on_progress)
+            is_file = stat.S_ISREG(path.stat().st_mode)
+            return name, self._import_file(source, path if is_file else None, name, on_progress)
 
     def import_stream(
         self, stream: BinaryIO, name: str, on_progress: Callable[[int, int], None]
     ) -> Imported:
         """Import a stream, of whatever a file could hold, by way of an unnamed temporary file."""
         self._require_new(name)
-        with _opened(spool(stream, self.path / TEMPORARY_DIRECTORY, "standard input")) as source:
-            # By this process's number: tar opens it, in a process of its own.
-            spooled = Path(f"/proc/{os.getpid()}/fd/{source.fileno()}")
-            if builders.is_tar(spooled):
-                return self._import_built(spooled, name, on_progress, self._build_from_tar)
-            return self._import(source, name, on_progress)
+        with _opened(self._spool(stream, "standard input")) as source:
+            path = Path(f"/proc/self/fd/{source.fileno()}")
+            return self._import_file(source, path, name, on_progress)
+
+    def _spool(self, stream: BinaryIO, what: str) -> FileSource:
+        return spool(stream, self.path / TEMPORARY_DIRECTORY, what)
 
     def _require_new(self, name: str) -> None:
         """Fail before the work rather than after it when `name` cannot be given."""
@@ -279,46 +314,66 @@ class Store:
             if txn.get(key, db=self.env.images) is not None:
                 raise ImageExistsError(name)
 
-    def _import(
-        self, source: Source, name: str, on_progress: Callable[[int, int], None]
-    ) -> Imported:
-        ingest = Ingest(self.env, self.leases, source)
-        return ingest.run(name, lambda done: on_progress(done, source.size))
-
-    def _import_built(
+    def _import_file(
         self,
-        source: Path,
+        source: FileSource,
+        path: Path | None,
         name: str,
         on_progress: Callable[[int, int], None],
-        build: Callable[[Path, Path], None],
     ) -> Imported:
-        with self._working_directory() as work:
-            image = work / "image.erofs"
-            build(source, image)
-            with _opened(open_source(image)) as built:
-                return self._import(built, name, on_progress)
+        """Import what a file holds; `path` leads to it, None if it can be no archive."""
+        opener = archives.find_opener(path) if path is not None else None
+        if opener is None:
+            kind, segments = plan(source)
+            return self._ingest(source, segments, self._publish(name, kind), on_progress)
+        if opener is archives.open_plain:
+            return self._import_archive(source, name, on_progress)
+        assert path is not None
+        with opener(path) as stream, _opened(self._spool(stream, source.name)) as unpacked:
+            return self._import_archive(unpacked, name, on_progress)
 
-    @staticmethod
-    def _build_from_tar(archive: Path, image: Path) -> None:
-        tree = image.parent / "tree"
-        tree.mkdir(mode=0o755)
-        builders.unpack_tar(archive, tree)
-        builders.build_image(tree, image)
-
-    @contextmanager
-    def _working_directory(self) -> Iterator[Path]:
-        """A directory that gc removes should this process be killed."""
-        session = uuid.uuid4().bytes
-        self.leases.take(session_byte(session))
-        work = self.path / TEMPORARY_DIRECTORY / session.hex()
+    def _import_archive(
+        self, source: FileSource, name: str, on_progress: Callable[[int, int], None]
+    ) -> Imported:
         try:
-            work.mkdir(mode=0o700)
-            yield work
-        except OSError as error:
-            raise StoreAccessError(f"{work}: {error.strerror}") from None
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            self.leases.release(session_byte(session))
+            root = scan_tar(source.fileno())
+        except SourceError as error:
+            raise SourceError(f"{source.name}: {error}") from None
+        return self._import_tree(root, source.name, name, on_progress)
+
+    def _import_tree(
+        self, root: Directory, what: str, name: str, on_progress: Callable[[int, int], None]
+    ) -> Imported:
+        """Import a tree as an EROFS image with fingerprints, which is its own kernel view."""
+        try:
+            source = BuiltSource(plan_image(root, fingerprints=True), what)
+        except SourceError as error:
+            raise SourceError(f"{what}: {error}") from None
+        publish = self._publish(name, fmt.KIND_EROFS, is_view=True)
+        return self._ingest(source, source.segments(), publish, on_progress)
+
+    def _ingest(
+        self,
+        source: Source,
+        segments: Iterable[Segment],
+        publish: Publish,
+        on_progress: Callable[[int, int], None],
+    ) -> Imported:
+        ingest = Ingest(self.env, self.leases, source)
+        return ingest.run(segments, publish, lambda done: on_progress(done, source.size))
+
+    def _publish(self, name: str, kind: int, *, is_view: bool = False) -> Publish:
+        """Give the finished image its name."""
+
+        def publish(txn: lmdb.Transaction, digest: bytes, manifest: fmt.ManifestRecord) -> None:
+            created = time.time_ns()
+            image = fmt.ImageRecord(digest, manifest.size, created, kind)
+            catalog.add_image(txn, self.env, name, image)
+            if is_view:
+                view = fmt.ViewRecord(digest, created)
+                catalog.put_view(txn, self.env, digest, fmt.VIEW_KERNEL, view)
+
+        return publish
 
     # --- the store as a whole ---
 
@@ -415,7 +470,7 @@ def _info(name: str, image: fmt.ImageRecord, manifest: fmt.ManifestRecord) -> Im
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Source]:
+def _opened(source: FileSource) -> Iterator[FileSource]:
     try:
         yield source
     finally:

@@ -8,6 +8,7 @@ thread-safe.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
 
 _GLOB_CHARACTERS = "*?["
+_DIGEST_EXPORT = re.compile("/([0-9a-f]{64})")
 # Without `cache=`: this part of the machine's memory, at most that much.
 _CACHE_MEMORY_SHARE = 8
 _CACHE_BYTES_MAX = 4 << 30
@@ -117,11 +119,19 @@ class Session:
         raise ImageNotFoundError(pattern)
 
     def open(self, export: str) -> ImageReader:
-        """Open an export for a client. Raises ImageNotFoundError for what is not served."""
+        """Open an export for a client: an image's name, or "/" and the digest of an image or view,
+        which no name can be. Raises ImageNotFoundError for what is not served."""
         name = export or self.default_export()
-        if self._patterns and not any(_matches(name, pattern) for pattern in self._patterns):
-            raise ImageNotFoundError(name)
-        manifest = self.store.open_manifest(name)
+        by_digest = _DIGEST_EXPORT.fullmatch(name)
+        if by_digest is None:
+            if self._patterns and not any(_matches(name, pattern) for pattern in self._patterns):
+                raise ImageNotFoundError(name)
+            manifest = self.store.open_manifest(name)
+        else:
+            digest = bytes.fromhex(by_digest[1])
+            if self._patterns and digest not in self.store.digests_of(self.exports()):
+                raise ImageNotFoundError(name)
+            manifest = self.store.open_digest(digest)
         self.open_exports += 1
         return ImageReader(name, manifest, self.cache, self._prefetcher, self.counters)
 

@@ -39,8 +39,8 @@ def init(context: Context) -> None:
 def import_(context: Context, source: str, name: str | None, as_json: bool) -> None:
     """Import SOURCE as image NAME (default: SOURCE's name without its suffix).
 
-    SOURCE is an EROFS or any raw image file, a block device, a directory (built into an EROFS image
-    with mkfs.erofs), a tar archive, or - for standard input.
+    SOURCE is an EROFS or any raw image file, a block device, a directory or tar archive (built into
+    an EROFS image), or - for standard input.
     """
     if source == STANDARD_INPUT and name is None:
         raise UsageError("import from standard input: give the image a name")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.fault.interrupted import start, stop_after, transactions
 from tests.interop.corpus import Images
-from tests.interop.rig import DEDUPSTORE, Servers, StoreDirectory, wait_until
+from tests.interop.rig import Servers, StoreDirectory, wait_until
 
 ROUNDS = 10
 COMMITS_OF_WHOLE_IMPORT = 33  # noise is 16 MiB; interrupted.py commits every half MiB
@@ -120,31 +119,3 @@ def test_sigterm_ends_an_import_and_its_workers(store_dir: StoreDirectory, image
     stop_after(store_dir.path, 3, signal.SIGTERM, "import", images.noise, "noise")
     store_dir.gc()
     assert store_dir.totals() == before
-
-
-def test_working_directory_of_a_killed_directory_import_goes_with_gc(
-    store_dir: StoreDirectory, images: Images, tmp_path: Path
-) -> None:
-    # A mkfs.erofs that never ends: the import is killed while it waits for it.
-    fake = tmp_path / "bin" / "mkfs.erofs"
-    fake.parent.mkdir()
-    pid = tmp_path / "pid"
-    fake.write_text(f"#!/bin/sh\necho $$ >{pid}.new\nmv {pid}.new {pid}\nexec sleep 600\n")
-    fake.chmod(0o755)
-    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(
-        [DEDUPSTORE, "--store", store_dir.path, "import", images.base_tree, "tree"],
-        env=environment,
-    ) as process:
-        wait_until(pid.exists)
-        store_dir.gc()
-        assert len(list((store_dir.path / "tmp").iterdir())) == 1  # in use
-        process.kill()
-        process.wait()
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-
-    def gone() -> bool:  # the killed import's child may take a moment to die
-        store_dir.gc()
-        return not list((store_dir.path / "tmp").iterdir())
-
-    wait_until(gone)

@@ -22,7 +22,7 @@ from dedupstore.check import check_store
 from dedupstore.cli.main import _run, cli
 from dedupstore.constants import CDC_BYTES_MIN
 from dedupstore.env import DATA_FILE
-from dedupstore.store import SUPERBLOCK_KEY, Store
+from dedupstore.store import Store
 from tests.conftest import blocks, flip_record, keys_of, noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -313,7 +313,7 @@ def test_missing_store_is_one_line(
 def test_newer_store_is_one_line(run: Run, path: Path) -> None:
     with Store(path) as store, store.env.write() as txn:
         newer = fmt.Superblock(bytes(16), 0, version=99)
-        txn.put(SUPERBLOCK_KEY, fmt.encode_superblock(newer), db=store.env.meta)
+        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(newer), db=store.env.meta)
     for command in ("ls", "check", "gc"):
         assert "99" in assert_one_line(run(command))
 

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
     ("errors", "constants"),
-    ("format", "erofs", "chunker", "pages", "location", "programs"),
+    ("format", "erofs", "chunker", "pages", "location", "programs", "archives"),
     ("env",),
     ("frames", "catalog", "leases"),
-    ("cache", "manifest", "sources", "builders"),
+    ("cache", "manifest", "sources", "building", "pooling"),
     ("reader", "staging"),
     ("ingest", "gc"),
     ("store",),
-    ("check", "export", "server"),
+    ("check", "export", "server", "views"),
     ("mounts",),
     ("cli",),
 )

@@ -24,7 +24,7 @@ from dedupstore.errors import (
     UsageError,
 )
 from dedupstore.ingest import Imported
-from dedupstore.store import SUPERBLOCK_KEY, Store, default_name
+from dedupstore.store import Store, default_name
 from tests.conftest import (
     blocks,
     flip_record,
@@ -111,7 +111,7 @@ def test_store_keeps_its_identity(store: Store) -> None:
 def test_newer_store_is_refused_and_not_touched(store: Store, change: dict[str, int]) -> None:
     record = fmt.encode_superblock(replace(store.superblock, **change))
     with store.env.write() as txn:
-        txn.put(SUPERBLOCK_KEY, record, db=store.env.meta)
+        txn.put(fmt.SUPERBLOCK_KEY, record, db=store.env.meta)
     store.close()
     before = (store.path / DATA_FILE).read_bytes()
     for _ in range(2):  # and the refusal leaves nothing open
@@ -123,14 +123,14 @@ def test_newer_store_is_refused_and_not_touched(store: Store, change: dict[str, 
 def test_unknown_compatible_feature_is_ignored(store: Store) -> None:
     record = fmt.encode_superblock(replace(store.superblock, features_compat=1 << 9))
     with store.env.write() as txn:
-        txn.put(SUPERBLOCK_KEY, record, db=store.env.meta)
+        txn.put(fmt.SUPERBLOCK_KEY, record, db=store.env.meta)
     store.close()
     Store(store.path).close()
 
 
 @pytest.mark.damaged
 def test_damaged_superblock_is_reported(store: Store) -> None:
-    flip_record(store, "meta", SUPERBLOCK_KEY, 77)
+    flip_record(store, "meta", fmt.SUPERBLOCK_KEY, 77)
     store.close()
     with pytest.raises(StoreDamagedError, match="superblock"):
         Store(store.path)
@@ -139,7 +139,7 @@ def test_damaged_superblock_is_reported(store: Store) -> None:
 @pytest.mark.damaged
 def test_missing_superblock_is_reported(store: Store) -> None:
     with store.env.write() as txn:
-        txn.delete(SUPERBLOCK_KEY, db=store.env.meta)
+        txn.delete(fmt.SUPERBLOCK_KEY, db=store.env.meta)
     store.close()
     with pytest.raises(StoreDamagedError, match="not a dedupstore store"):
         Store(store.path)
