@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 
 from dedupstore.cli.context import Context, pass_context
-from dedupstore.cli.output import json_option, print_json, print_table
+from dedupstore.cli.output import json_option, print_json, print_table, progress
+from dedupstore.mounts import sharing
 from dedupstore.mounts.mounts import Host
-from dedupstore.mounts.state import Target, default_run, find_target
+from dedupstore.mounts.state import Target, default_run
+from dedupstore.mounts.targets import find_target
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Only print the commands that would run.")
 
@@ -19,9 +21,10 @@ def _host() -> Host:
     return Host(default_run(os.environ, os.getuid()).absolute())
 
 
-def _target(context: Context, name: str) -> Target:
-    with context.open() as store:
-        return find_target(store, name)
+def _target(context: Context, name: str, share: str = sharing.NONE) -> Target:
+    modes = sharing.candidates(share)
+    with context.open() as store, progress(f"share {name}") as on_progress:
+        return find_target(store, name, modes, on_progress)
 
 
 @click.command()
@@ -53,6 +56,12 @@ def detach(context: Context, what: str) -> None:
 @click.argument("name", required=False)
 @click.argument("directory", required=False, metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option("--type", "fstype", metavar="TYPE", help="The file system. Default: erofs.")
+@click.option(
+    "--share",
+    type=click.Choice(sharing.CHOICES),
+    default=sharing.AUTO,
+    help="How to share page cache with mounts of other images. Default: auto.",
+)
 @click.option("--list", "as_list", is_flag=True, help="List mounts and attached devices.")
 @_dry_run
 @json_option
@@ -62,13 +71,16 @@ def mount(
     name: str | None,
     directory: Path | None,
     fstype: str | None,
+    share: str,
     as_list: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Mount image NAME read-only on DIR, or list the mounts. Mounting needs root.
 
-    Identical images share one device and one page cache.
+    Identical images share one device and one page cache. Different ones share the files that they
+    have in common: with --share=kernel by Linux 7.0's inode_share, with --share=pool by an overlay;
+    auto takes what this kernel has and the image allows, none turns it off.
     """
     if as_list:
         if name is not None:
@@ -77,7 +89,8 @@ def mount(
         return
     if name is None or directory is None:
         raise click.UsageError("give an image and a directory, or --list")
-    target = _target(context, name)
+    # Only EROFS is shared, and only the kernel can tell what another file system holds.
+    target = _target(context, name, sharing.NONE if fstype else share)
     if dry_run:
         _print_lines(_host().plan_mount(target, directory, fstype))
     else:
@@ -94,9 +107,9 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print_json({"mounts": mounts, "attachments": attached})
         return
-    rows = [(m.name, m.directory, m.via, m.superblock, m.device) for m in mounts]
-    rows += [(", ".join(a.names), "-", a.via, "-", a.device) for a in attached]
-    names = ("NAME", "DIRECTORY", "VIA", "SUPERBLOCK", "DEVICE")
+    rows = [(m.name, m.directory, m.share, m.via, m.superblock, m.device) for m in mounts]
+    rows += [(", ".join(a.names), "-", "-", a.via, "-", a.device) for a in attached]
+    names = ("NAME", "DIRECTORY", "SHARE", "VIA", "SUPERBLOCK", "DEVICE")
     print_table([dict(zip(names, row, strict=True)) for row in rows])
 
 

@@ -1,8 +1,10 @@
 """Images as block devices and mounts of this host. Needs root; Linux only.
 
-`mounts` is the API (attach, detach, mount, unmount, list, plan); below it `attachments` (one
-device per image content, and how it is let go), `devices` (nbd-client, nbdfuse), `servers` (the
-store's nbdkit), `handshake` (what a server says of an export), `state` (the runtime directory) and
+`targets` finds out what to mount for an image, and is the only one that knows the store; `mounts`
+is the API (attach, detach, mount, unmount, list, plan) and needs no more than such a target. Below
+it `anchors` (EROFS mounts and overlays), `attachments` (one device per image or view, and how it is
+let go), `devices` (nbd-client, nbdfuse), `servers` (the store's nbdkit), `handshake` (what a server
+says of an export), `sharing` (what this kernel offers), `state` (the runtime directory) and
 `kernel` (system calls, /proc and /sys). Nothing but the command line imports this package.
 
 Truth is what the kernel says. A record in the runtime directory holds only what the kernel cannot

@@ -1,9 +1,9 @@
-"""One image content, one device: attachments are found, made, and let go when nobody has them.
+"""One image or view, one device: attachments are found, made, and let go when nobody has them.
 
-An attachment is in use while `attach` gave its device out (a claim) or while the kernel shows a
-mount of it, whoever made that. It is let go in the order in which the kernel allows it, and EBUSY
-on the way (an overlay or another mount namespace still has it) leaves it for a later try. Callers
-hold the runtime's lock, except for `find` and the properties.
+An attachment is in use while `attach` gave its device out (a claim), while the kernel shows a mount
+of it, whoever made that, or while another one in use has it for a home. It is let go in the order
+in which the kernel allows it, and EBUSY on the way (another mount namespace still has it) leaves it
+for a later try. Callers hold the runtime's lock, except for `find` and the properties.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from dedupstore.mounts import devices, kernel
 from dedupstore.mounts.devices import Roots, fuse_file
 from dedupstore.mounts.servers import ensure_server, stop_server
-from dedupstore.mounts.state import Record, Runtime, Target, load_record, save_record
+from dedupstore.mounts.state import Export, Record, Runtime, Target, load_record, save_record
 
 # The kernel finishes taking a loop device off its file after the call that asked for it.
 _LOOP_SECONDS = 2.0
@@ -39,9 +39,13 @@ class Attachment:
 
     @property
     def anchor(self) -> Path:
-        """Where the file is mounted first. The mounts that users see are bind mounts of it: the
-        same file mounted twice would be two superblocks with a page cache each."""
+        """Where its EROFS is mounted."""
         return self.directory / "mnt"
+
+    @property
+    def top(self) -> Path:
+        """Where the overlay over a pool view is mounted."""
+        return self.directory / "top"
 
     @property
     def device(self) -> Path | None:
@@ -50,7 +54,7 @@ class Attachment:
         if record.device is None:
             return next(iter(kernel.loops_over(self.file)), None)
         device = Path(record.device)
-        ours = devices.nbd_is_ours(device, Path(record.socket), record.name, self.roots)
+        ours = devices.nbd_is_ours(device, Path(record.socket), record.export.name, self.roots)
         return device if ours else None
 
     @property
@@ -60,14 +64,16 @@ class Attachment:
 
     def superblocks(self, table: Sequence[kernel.MountPoint]) -> set[str]:
         """The device numbers that mounts of this attachment have."""
-        found = {point.device for point in table if point.directory == self.anchor}
+        own = (self.anchor, self.top)
+        found = {point.device for point in table if point.directory in own}
         device = self.device
         return found if device is None else {*found, kernel.device_number(device)}
 
     def mounts(self, table: Sequence[kernel.MountPoint]) -> list[kernel.MountPoint]:
-        """The mounts of this attachment in this namespace but for the anchor."""
+        """The mounts of this attachment in this namespace but for its own."""
         ours = self.superblocks(table)
-        return [p for p in table if p.device in ours and p.directory != self.anchor]
+        own = (self.anchor, self.top)
+        return [p for p in table if p.device in ours and p.directory not in own]
 
     def responds(self) -> bool:
         """Whether reading works all the way from the store."""
@@ -90,29 +96,31 @@ def attachments(runtime: Runtime, roots: Roots) -> list[Attachment]:
 
 
 def find(runtime: Runtime, digest: str, roots: Roots) -> Attachment | None:
-    """The attachment of a content that works, if there is one."""
+    """The attachment of an export that works, if there is one."""
     for attachment in attachments(runtime, roots):
         if attachment.record.digest == digest and attachment.responds():
             return attachment
     return None
 
 
-def ensure(runtime: Runtime, target: Target, roots: Roots) -> Attachment:
-    """The attachment of the image's content, with its server; made if there is none that works.
+def ensure(runtime: Runtime, target: Target, export: Export, roots: Roots) -> Attachment:
+    """The attachment of the target's export or one of its homes, with its server; made if there is
+    none that works.
 
     One that does not work any more stays under its mounts until they are unmounted. Raises
     MountError, ProgramError; nothing half-made stays.
     """
-    socket = ensure_server(runtime, target)  # first: nbd-client then reconnects by itself
-    found = find(runtime, target.image.digest, roots)
+    # First: nbd-client then reconnects by itself.
+    socket = ensure_server(runtime, target.store, export)
+    found = find(runtime, export.digest, roots)
     if found is not None:
         return found
-    _drop_dead(runtime, target.image.digest, roots)
-    made = _new(runtime.new_directory(target.image.digest), target, socket, roots)
+    _drop_dead(runtime, export.digest, roots)
+    made = _new(runtime, target, export, socket, roots)
     made.directory.mkdir(mode=0o700)
     try:
         if not _connect_nbd(runtime, made):
-            devices.start_nbdfuse(made.directory, socket, target.image.name)
+            devices.start_nbdfuse(made.directory, socket, export.name)
             made.save()
     except BaseException:
         release(made)
@@ -121,7 +129,7 @@ def ensure(runtime: Runtime, target: Target, roots: Roots) -> Attachment:
 
 
 def _drop_dead(runtime: Runtime, digest: str, roots: Roots) -> None:
-    """Take back devices of a content that read no more, but for those that are mounted."""
+    """Take back devices of an export that read no more, but for those that are in use."""
     for attachment in attachments(runtime, roots):
         if attachment.record.digest == digest:
             attachment.record.claims.clear()
@@ -130,34 +138,47 @@ def _drop_dead(runtime: Runtime, digest: str, roots: Roots) -> None:
                 release(attachment)
 
 
-def _new(directory: Path, target: Target, socket: Path, roots: Roots) -> Attachment:
-    image = target.image
+def _new(
+    runtime: Runtime, target: Target, export: Export, socket: Path, roots: Roots
+) -> Attachment:
     record = Record(
-        str(target.store), image.digest, image.name, image.size, image.kind, str(socket)
+        store=str(target.store),
+        digest=export.digest,
+        size=export.size,
+        kind=export.kind,
+        image=target.digest,
+        name=target.name,
+        socket=str(socket),
+        share=target.share,
     )
-    return Attachment(directory, record, roots)
+    return Attachment(runtime.new_directory(export.digest), record, roots)
 
 
 def plan(
-    runtime: Runtime, target: Target, socket: Path, roots: Roots
+    runtime: Runtime,
+    target: Target,
+    export: Export,
+    socket: Path,
+    device: Path | None,
+    roots: Roots,
 ) -> tuple[Attachment, list[str]]:
-    """What `ensure` would make where nothing is found, and the shell commands that do it."""
-    made = _new(runtime.new_directory(target.image.digest), target, socket, roots)
-    name = target.image.name
-    device = devices.free_nbd(roots)
+    """What `ensure` would make where nothing is found, and the shell commands that do it.
+    `device`: the nbd device that it would take, None for nbdfuse."""
+    made = _new(runtime, target, export, socket, roots)
     if device is None:
         mkdir = shlex.join(["mkdir", "-p", str(made.file.parent)])
-        command = shlex.join(devices.nbdfuse_command(made.directory, socket, name))
+        fuse = shlex.join(devices.nbdfuse_command(made.directory, socket, export.name))
         pidfile = shlex.quote(str(made.directory / "nbdfuse.pid"))
         wait = f"until [ -s {pidfile} ]; do sleep 0.1; done"
-        return made, [mkdir, f"{command} &", wait]
+        return made, [mkdir, f"{fuse} &", wait]
     made.record.device = str(device)
-    command = shlex.join(devices.nbd_client_command(device, socket, name, made.block_bytes))
-    return made, [command]
+    command = devices.nbd_client_command(device, socket, export.name, made.block_bytes)
+    return made, [shlex.join(command)]
 
 
 def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
     with runtime.device_lock():
+        devices.load_nbd(made.roots)
         device = devices.free_nbd(made.roots)
         if device is None:
             return False
@@ -167,7 +188,7 @@ def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
         devices.connect_nbd(
             device,
             Path(record.socket),
-            record.name,
+            record.export.name,
             block=made.block_bytes,
             size=record.size,
             roots=made.roots,
@@ -179,19 +200,25 @@ def sweep(runtime: Runtime, roots: Roots) -> None:
     """Let go of whatever nobody uses: after each operation, and before each for what a killed
     process, a reboot or a umount(8) has left. The server goes with the last attachment."""
     for directory in runtime.directories():
-        record = load_record(directory)
-        if record is None:
-            empty = Record("", "", "", 0, "", "")
-            release(Attachment(directory, empty, roots))
-            continue
-        attachment = Attachment(directory, record, roots)
+        if load_record(directory) is None:
+            release(Attachment(directory, _NO_RECORD, roots))
+    found = attachments(runtime, roots)
+    for attachment in found:
         _forget_gone(attachment)
-        if not record.claims:
+    table = kernel.mount_table()
+    used = [each for each in found if each.record.claims or each.mounts(table)]
+    homes = {home for each in used for home in each.record.homes}
+    # An overlay goes before what it reads from.
+    for attachment in sorted(found, key=lambda each: not each.record.homes):
+        if not attachment.record.claims:
             _drop_loop(attachment)
-            if not attachment.mounts(kernel.mount_table()):
+            if attachment not in used and attachment.record.digest not in homes:
                 release(attachment)
     if not runtime.directories():
         stop_server(runtime)
+
+
+_NO_RECORD = Record("", "", 0, "", "", "", "")
 
 
 def _forget_gone(attachment: Attachment) -> None:
@@ -221,6 +248,8 @@ def release(attachment: Attachment) -> bool:
     Raises ProgramError if nbd-client fails.
     """
     directory = attachment.directory
+    if not (_unmounted(attachment.top) and _unmounted(attachment.anchor)):
+        return False
     had_loop = bool(kernel.loops_over(attachment.file))
     if not _drop_loop(attachment):
         return False
@@ -229,18 +258,23 @@ def release(attachment: Attachment) -> bool:
         if kernel.is_claimed(device):
             return False
         devices.disconnect_nbd(device, attachment.roots)
-    if kernel.is_mounted(attachment.anchor):
-        try:
-            kernel.unmount(attachment.anchor)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                return False
-            raise
     if not devices.stop_nbdfuse(directory, patience_seconds=_LOOP_SECONDS if had_loop else 0):
         return False
     for name in _FILES:
         (directory / name).unlink(missing_ok=True)
-    for path in (attachment.file.parent, attachment.anchor, directory):
+    for path in (attachment.file.parent, attachment.anchor, attachment.top, directory):
         if path.exists():
             path.rmdir()
+    return True
+
+
+def _unmounted(directory: Path) -> bool:
+    if not kernel.is_mounted(directory):
+        return True
+    try:
+        kernel.unmount(directory)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
     return True

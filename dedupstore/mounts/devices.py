@@ -26,6 +26,8 @@ from dedupstore.programs import find_program
 
 # The server answers on all of them in parallel; more did not read faster on two cores.
 _CONNECTIONS = 4
+# One for each image or view that is mounted at a time; what is more goes through nbdfuse.
+_NBDS_MAX = 128
 _READY_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
 _READ_SECONDS = 10.0
@@ -62,19 +64,37 @@ def nbd_client_command(device: Path, socket: Path, export: str, block: int) -> l
     ]
 
 
+def load_nbd(roots: Roots) -> None:
+    """Load the kernel's nbd module if there is one and it is not there yet, with room for more
+    devices than its 16. Failing leaves the host without nbd devices, as it was."""
+    if any((roots.sys / "block").glob("nbd*")):
+        return
+    with contextlib.suppress(ProgramError):
+        find_program("nbd-client", "nbd-client")
+        command = [find_program("modprobe", "kmod"), "--quiet", "nbd", f"nbds_max={_NBDS_MAX}"]
+        run_program(command, _READY_SECONDS)
+
+
 def free_nbd(roots: Roots) -> Path | None:
-    """The first nbd device that nobody has: no process behind it, no size, and a node. None also
-    without nbd-client: nbdfuse then does as well."""
+    """The first nbd device that nobody has; None also without nbd-client: nbdfuse then does as
+    well."""
+    return next(iter(free_nbds(roots)), None)
+
+
+def free_nbds(roots: Roots) -> list[Path]:
+    """The nbd devices that nobody has: no process behind them, no size, and a node."""
     try:
         find_program("nbd-client", "nbd-client")
     except ProgramError:
-        return None
+        return []
     found = [path for path in (roots.sys / "block").glob("nbd*") if path.name[3:].isdigit()]
-    for block in sorted(found, key=lambda path: int(path.name[3:])):
-        node = roots.dev / block.name
-        if not (block / "pid").exists() and _sectors(block) == 0 and node.exists():
-            return node
-    return None
+    return [
+        roots.dev / block.name
+        for block in sorted(found, key=lambda path: int(path.name[3:]))
+        if not (block / "pid").exists()
+        and _sectors(block) == 0
+        and (roots.dev / block.name).exists()
+    ]
 
 
 def nbd_is_ours(device: Path, socket: Path, export: str, roots: Roots) -> bool:

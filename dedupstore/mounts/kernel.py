@@ -21,6 +21,10 @@ from pathlib import Path
 MS_RDONLY = 1
 MS_BIND = 4096
 
+_FSOPEN, _FSCONFIG = 430, 431  # the same numbers on every architecture
+_FSOPEN_CLOEXEC = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 0, 1
+
 _LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CLR_FD = 0x4C01
@@ -57,6 +61,22 @@ def unmount(target: Path) -> None:
     _check(_libc.umount2(os.fsencode(target), umount_nofollow), target)
 
 
+def knows_option(fstype: str, option: str, value: str | None = None) -> bool:
+    """Whether the kernel has a file system, and it takes a mount option; nothing is mounted.
+
+    Needs CAP_SYS_ADMIN; without it the answer is False.
+    """
+    context = _libc.syscall(_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC)
+    if context < 0:
+        return False
+    try:
+        command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+        raw = None if value is None else value.encode()
+        return bool(_libc.syscall(_FSCONFIG, context, command, option.encode(), raw, 0) == 0)
+    finally:
+        os.close(context)
+
+
 def _check(result: int, path: Path) -> None:
     if result != 0:
         number = ctypes.get_errno()
@@ -66,12 +86,14 @@ def _check(result: int, path: Path) -> None:
 @dataclass(frozen=True, slots=True)
 class MountPoint:
     """One line of mountinfo. `device` is the superblock's "major:minor"; two mounts with the same
-    one share inodes and page cache. `source` is the device or file as given to mount(2)."""
+    one share inodes and page cache. `source` is the device or file as given to mount(2), `options`
+    are the superblock's."""
 
     device: str
     directory: Path
     fstype: str
     source: str
+    options: str
 
 
 def mount_table() -> list[MountPoint]:
@@ -81,9 +103,9 @@ def mount_table() -> list[MountPoint]:
 
 
 def _parse_mount(line: str) -> MountPoint:
-    fields = line.split(" ")
-    fstype, source = fields[fields.index("-", 6) + 1 :][:2]
-    return MountPoint(fields[2], Path(_unescape(fields[4])), fstype, _unescape(source))
+    fields = line.rstrip("\n").split(" ")
+    fstype, source, options = fields[fields.index("-", 6) + 1 :][:3]
+    return MountPoint(fields[2], Path(_unescape(fields[4])), fstype, _unescape(source), options)
 
 
 def _unescape(text: str) -> str:

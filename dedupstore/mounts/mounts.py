@@ -4,8 +4,8 @@ A `Host` is one runtime directory. Operations of one store are serialised by its
 processes; `list_mounts` and the plans take none. Every failure is a MountError, a ProgramError or
 what the store raises, and leaves nothing half-made behind.
 
-How mounts of different images could share page cache (issue 3: inode_share, an overlay over a pool)
-is decided where the kernel's mount is made, in `Host._mount_on`, and there alone.
+What is mounted for an image, and so how it shares with others, was decided when its `Target` was
+made; `anchors` makes the mount.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dedupstore.errors import MountError
-from dedupstore.mounts import attachments, devices, kernel
+from dedupstore.mounts import anchors, attachments, devices, kernel
+from dedupstore.mounts.anchors import EROFS
 from dedupstore.mounts.attachments import Attachment
 from dedupstore.mounts.devices import Roots
 from dedupstore.mounts.servers import find_server, start_command
-from dedupstore.mounts.state import Runtime, Target, runtimes
-
-EROFS = "erofs"
-# File-backed EROFS mounts: refused before Linux 6.12; directio came later. Without it the kernel
-# keeps nbdfuse's file in its cache as well: 307 MB for an image of 150.
-_FILE_OPTIONS = ("directio", "")
-_FILE_BACKED_SINCE = (6, 12)
+from dedupstore.mounts.sharing import POOL
+from dedupstore.mounts.state import Export, Runtime, Target, runtimes
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
     """A mount as the kernel has it. Mounts with the same `superblock` ("major:minor") share inodes
-    and page cache. `device` is the block device or file below; `via` is nbd, loop or file."""
+    and page cache; so do, file by file, those of one store with the same `share` but "none".
+    `device` is the block device or file below; `via` is nbd, loop or file; `digest` the image's."""
 
     name: str
     directory: str
+    share: str
     device: str
     via: str
     fstype: str
@@ -69,13 +67,13 @@ class Host:
         """Make the image a block device, or find that it or an identical one is; return it."""
         _require_root("attach")
         with self._changing(Runtime(self.run, target.store_uuid)) as runtime:
-            attachment = attachments.ensure(runtime, target, self.roots)
+            attachment = attachments.ensure(runtime, target, target.export, self.roots)
             try:
                 device = attachment.ensure_device()
             except OSError as error:
                 raise MountError(f"loop device over {attachment.file}: {error.strerror}") from None
-            if target.image.name not in attachment.record.claims:
-                attachment.record.claims.append(target.image.name)
+            if target.name not in attachment.record.claims:
+                attachment.record.claims.append(target.name)
                 attachment.save()
             return device
 
@@ -128,27 +126,31 @@ class Host:
         directory = _resolve_directory(directory)
         with self._changing(Runtime(self.run, target.store_uuid)) as runtime:
             self._require_unmounted(runtime, directory)
-            attachment = attachments.ensure(runtime, target, self.roots)
+            homes = [self._ensure(runtime, target, home) for home in target.homes]
+            attachment = self._ensure(runtime, target, target.export)
+            record = attachment.record
+            record.image, record.name = target.digest, target.name
             try:
-                self._mount_on(attachment, directory, fstype)
+                if fstype == EROFS:
+                    top = anchors.mount(attachment, homes, target.store_uuid)
+                    kernel.mount(top, directory, None, kernel.MS_BIND)
+                else:
+                    # The kernel gives a device that is mounted already the same superblock again.
+                    device = attachment.ensure_device()
+                    kernel.mount(device, directory, fstype, kernel.MS_RDONLY)
             except OSError as error:
-                what = f"mounting {target.image.name!r} on {directory}"
+                what = f"mounting {target.name!r} on {directory}"
                 raise MountError(f"{what} as {fstype}: {error.strerror}") from None
-            attachment.record.mounts[str(directory)] = target.image.name
+            record.mounts[str(directory)] = target.name
             attachment.save()
+
+    def _ensure(self, runtime: Runtime, target: Target, export: Export) -> Attachment:
+        return attachments.ensure(runtime, target, export, self.roots)
 
     def _require_unmounted(self, runtime: Runtime, directory: Path) -> None:
         for mount in self._mounts_of(runtime):
             if mount.directory == str(directory):
                 raise MountError(f"{directory}: image {mount.name!r} is mounted there already")
-
-    @staticmethod
-    def _mount_on(attachment: Attachment, directory: Path, fstype: str) -> None:
-        if attachment.record.device is None and fstype == EROFS and _mount_file(attachment):
-            kernel.mount(attachment.anchor, directory, None, kernel.MS_BIND)
-            return
-        # The kernel gives a block device that is mounted already the same superblock again.
-        kernel.mount(attachment.ensure_device(), directory, fstype, kernel.MS_RDONLY)
 
     def unmount(self, directory: Path) -> None:
         """Unmount a directory; the last mount of an image lets its device go, the last of a store
@@ -185,7 +187,7 @@ class Host:
                 attachment.record.claims,
                 str(device),
                 _via(device),
-                attachment.record.digest,
+                attachment.record.image,
                 attachment.record.store,
             )
             for runtime in found
@@ -198,17 +200,27 @@ class Host:
         table = kernel.mount_table()
         for attachment in attachments.attachments(runtime, self.roots):
             record = attachment.record
+            source = self._source(attachment, table)
             for point in attachment.mounts(table):
                 yield Mount(
                     record.mounts.get(str(point.directory), record.name),
                     str(point.directory),
-                    point.source,
-                    _via(Path(point.source)),
+                    record.share,
+                    source,
+                    _via(Path(source)),
                     point.fstype,
                     point.device,
-                    record.digest,
+                    record.image,
                     record.store,
                 )
+
+    @staticmethod
+    def _source(attachment: Attachment, table: list[kernel.MountPoint]) -> str:
+        """What an attachment's EROFS is mounted from; else what it would be."""
+        for point in table:
+            if point.directory == attachment.anchor:
+                return point.source
+        return str(attachment.device or attachment.file)
 
     @contextmanager
     def _changing(self, runtime: Runtime) -> Iterator[Runtime]:
@@ -228,7 +240,7 @@ class Host:
 
     def plan_attach(self, target: Target) -> list[str]:
         """The shell commands that do what `attach` would do now."""
-        lines, attachment = self._plan(target)
+        lines, (attachment,) = self._plan(target, [target.export])
         if attachment.device is None and attachment.record.device is None:
             lines.append(shlex.join(devices.loop_command(attachment.file, attachment.block_bytes)))
         return lines
@@ -237,36 +249,38 @@ class Host:
         """The shell commands that do what `mount` would do now."""
         fstype = _choose_type(target, fstype)
         directory = _resolve_directory(directory)
-        lines, attachment = self._plan(target)
+        lines, (*homes, attachment) = self._plan(target, [*target.homes, target.export])
+        if fstype == EROFS:
+            lines += anchors.plan(attachment, homes, target.store_uuid)
+            is_pool = attachment.record.share == POOL
+            source = attachment.top if is_pool else attachment.anchor
+            return [*lines, shlex.join(["mount", "--bind", str(source), str(directory)])]
         device = attachment.record.device or attachment.device
-        if attachment.record.device is None and fstype == EROFS and _has_file_backed_mounts():
-            anchor = str(attachment.anchor)
-            if not kernel.is_mounted(attachment.anchor):
-                lines.append(shlex.join(["mkdir", "-p", anchor]))
-                options = f"ro,{_FILE_OPTIONS[0]}"
-                command = ["mount", "-t", EROFS, "-o", options, str(attachment.file), anchor]
-                lines.append(f"{shlex.join(command)}  # mount(2) itself: no loop device")
-            lines.append(shlex.join(["mount", "--bind", anchor, str(directory)]))
-            return lines
         if device is None:
             loop = shlex.join(devices.loop_command(attachment.file, attachment.block_bytes))
             lines.append(f"device=$({loop})")
-        words = ["mount", "-t", fstype, "-o", "ro"]
-        source = '"$device"' if device is None else shlex.quote(str(device))
-        lines.append(f"{shlex.join(words)} {source} {shlex.quote(str(directory))}")
-        return lines
+        words = shlex.join(["mount", "-t", fstype, "-o", "ro"])
+        source_word = '"$device"' if device is None else shlex.quote(str(device))
+        return [*lines, f"{words} {source_word} {shlex.quote(str(directory))}"]
 
-    def _plan(self, target: Target) -> tuple[list[str], Attachment]:
-        """The commands up to a device, and the attachment as it is or would be."""
+    def _plan(self, target: Target, exports: list[Export]) -> tuple[list[str], list[Attachment]]:
+        """The commands up to the devices, and the attachments as they are or would be."""
         runtime = Runtime(self.run, target.store_uuid)
-        found = attachments.find(runtime, target.image.digest, self.roots)
-        if found is not None:
-            return [], found
-        socket = find_server(runtime, target)
-        planned, lines = attachments.plan(runtime, target, socket or runtime.socket, self.roots)
+        socket = find_server(runtime, target.store, target.export)
+        lines, planned = [], []
         if socket is None:
             start = shlex.join(start_command(runtime, target.store))
-            lines = [shlex.join(["mkdir", "-p", str(runtime.path)]), start, *lines]
+            lines += [shlex.join(["mkdir", "-p", str(runtime.path)]), start]
+        free = devices.free_nbds(self.roots)
+        for export in exports:
+            attachment = attachments.find(runtime, export.digest, self.roots)
+            if attachment is None:
+                device = free.pop(0) if free else None
+                attachment, commands = attachments.plan(
+                    runtime, target, export, socket or runtime.socket, device, self.roots
+                )
+                lines += commands
+            planned.append(attachment)
         return lines, planned
 
 
@@ -276,8 +290,8 @@ def _require_root(command: str) -> None:
 
 
 def _choose_type(target: Target, fstype: str | None) -> str:
-    if fstype is None and target.image.kind != EROFS:
-        raise MountError(f"image {target.image.name!r} is not EROFS: say what it is with --type")
+    if fstype is None and target.export.kind != EROFS:
+        raise MountError(f"image {target.name!r} is not EROFS: say what it is with --type")
     return fstype or EROFS
 
 
@@ -290,28 +304,6 @@ def _resolve_directory(directory: Path) -> Path:
     if not resolved.is_dir():
         raise MountError(f"{directory}: not a directory")
     return resolved
-
-
-def _mount_file(attachment: Attachment) -> bool:
-    """Mount nbdfuse's file on the anchor, once; False if this kernel mounts devices only."""
-    if kernel.is_mounted(attachment.anchor):
-        return True
-    attachment.anchor.mkdir(exist_ok=True)
-    for options in _FILE_OPTIONS:
-        try:
-            kernel.mount(attachment.file, attachment.anchor, EROFS, kernel.MS_RDONLY, options)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTBLK):
-                raise
-        else:
-            return True
-    return False
-
-
-def _has_file_backed_mounts() -> bool:
-    """A guess, for plans; `_mount_file` asks the kernel."""
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int(minor)) >= _FILE_BACKED_SINCE
 
 
 def _unmount(directory: Path) -> None:

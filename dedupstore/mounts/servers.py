@@ -1,8 +1,8 @@
 """The nbdkit server that a store's devices read from: found, started, stopped.
 
 One server per store is the point: it is one cache. A running `dedupstore serve` on its default
-socket is used if it serves the image; otherwise this tool starts its own in the runtime directory,
-and stops it when nothing is attached any more. Callers hold the runtime's lock.
+socket is used if it serves every image; otherwise this tool starts its own in the runtime
+directory, and stops it when nothing is attached any more. Callers hold the runtime's lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dedupstore.errors import MountError, ProgramError
 from dedupstore.mounts import kernel
 from dedupstore.mounts.handshake import export_digest
 from dedupstore.mounts.programs import run_program
-from dedupstore.mounts.state import Runtime, Target
+from dedupstore.mounts.state import Export, Runtime
 from dedupstore.server import ServerOptions, server_command
 
 # Where `dedupstore serve` listens, in the store's directory.
@@ -34,40 +34,40 @@ def start_command(runtime: Runtime, store: Path) -> list[str]:
     return server_command(options, "--pidfile", str(runtime.pidfile))
 
 
-def find_server(runtime: Runtime, target: Target) -> Path | None:
-    """The socket of a running server that serves the image's very content, if there is one.
+def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
+    """The socket of a running server that serves the export, if there is one.
 
-    Raises MountError when this tool's own server runs but hangs, or serves something else.
+    Raises MountError when this tool's own server runs but hangs, or does not serve it.
     """
     own = runtime.socket
-    for socket in (own, target.store / SERVE_SOCKET):
+    for socket in (own, store / SERVE_SOCKET):
         try:
-            digest = export_digest(socket, target.image.name, _ANSWER_SECONDS)
+            digest = export_digest(socket, export.name, _ANSWER_SECONDS)
         except (ConnectionRefusedError, FileNotFoundError):
             continue
         except OSError as error:
             if socket == own:
                 raise MountError(f"{own}: the store's server does not answer: {error}") from None
             continue
-        if digest == target.image.digest:
+        if digest == export.digest:
             return socket
         if socket == own:
-            raise MountError(f"image {target.image.name!r} has just been changed; try again")
+            raise MountError(f"image {export.digest[:16]} has just been removed; try again")
     return None
 
 
-def ensure_server(runtime: Runtime, target: Target) -> Path:
-    """The socket of a server that serves the image, started if need be.
+def ensure_server(runtime: Runtime, store: Path, export: Export) -> Path:
+    """The socket of a server that serves the export, started if need be.
 
     Raises ProgramError when nbdkit is missing or fails, and as `find_server`.
     """
-    found = find_server(runtime, target)
+    found = find_server(runtime, store, export)
     if found is not None:
         return found
     _forget(runtime)
     # nbdkit listens before it daemonises: when this returns, connecting works.
-    run_program(start_command(runtime, target.store), _START_SECONDS)
-    found = find_server(runtime, target)
+    run_program(start_command(runtime, store), _START_SECONDS)
+    found = find_server(runtime, store, export)
     if found is None:
         raise ProgramError("nbdkit", "ended as soon as it was started (see the system log)")
     return found

@@ -5,10 +5,11 @@
       <store uuid>/
         lock                    held by whoever changes anything below
         nbd.sock nbd.pid        the server that this tool started; metrics.sock, its metrics
-        <digest[:32]>.<n>/      an attachment: one image content on one device
+        <digest[:32]>.<n>/      an attachment: one image or view on one device
           record.json           a Record, replaced atomically
           dev/img               nbdfuse's file
-          mnt/                  the first mount of that file; others are bind mounts of it
+          mnt/                  the EROFS mount of that device or file
+          top/                  the overlay over it, for pool views
           nbdfuse.pid nbdfuse.log
 
 Owns layout, locks and records; knows nothing about devices. A record that cannot be read counts as
@@ -27,7 +28,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dedupstore.errors import MountError
-from dedupstore.store import ImageInfo, Store
 
 _UUID = re.compile(r"[0-9a-f]{32}")
 _ATTACHMENT = re.compile(r"[0-9a-f]{32}\.[0-9]+")
@@ -35,37 +35,69 @@ _PRIVATE = 0o700
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """Bytes that a server serves for ever: an image or a view, by its digest (hexadecimal).
+
+    `size` in bytes; `kind` as of the image, "erofs" or "raw".
+    """
+
+    digest: str
+    size: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Its NBD export name. Not the image's name, which may come to mean another image while
+        a device waits for its server to come back."""
+        return f"/{self.digest}"
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """An image of a store: all that attaching needs to know, so that the store can be closed."""
+    """An image of a store and what to mount for it: all that attaching needs to know, so that the
+    store can be closed.
+
+    `share` is how (sharing.KERNEL, POOL or NONE); `export` is the image itself or its view;
+    `homes` are the views with the objects that a pool view does not have itself.
+    """
 
     store: Path
     store_uuid: str
-    image: ImageInfo
-
-
-def find_target(store: Store, name: str) -> Target:
-    """Look an image up. Raises ImageNotFoundError."""
-    return Target(store.path.resolve(), store.superblock.uuid.hex(), store.image(name))
+    name: str
+    digest: str
+    export: Export
+    share: str = "none"
+    homes: tuple[Export, ...] = ()
 
 
 @dataclass(slots=True)
 class Record:
     """What the kernel cannot know about an attachment.
 
-    `name` is the export it reads, `socket` its server's; `device` the nbd device, None with
-    nbdfuse; `claims` the names that `attach` gave the device out for; `mounts` the name that each
-    directory was mounted by.
+    `digest`, `size` and `kind` are those of the export it reads, `image` is the image's digest and
+    `name` its name when it was attached; `socket` is the server's. `share` is how it is mounted;
+    `homes` are the digests of the exports that its mounts read from, besides its own. `device`: the
+    nbd device, None with nbdfuse; `claims`: the names that `attach` gave the device out for;
+    `mounts`: the name that each directory was mounted by.
     """
 
     store: str
     digest: str
-    name: str
     size: int
     kind: str
+    image: str
+    name: str
     socket: str
+    share: str = "none"
+    homes: list[str] = field(default_factory=list)
     device: str | None = None
     claims: list[str] = field(default_factory=list)
     mounts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def export(self) -> Export:
+        """What the attachment reads."""
+        return Export(self.digest, self.size, self.kind)
 
 
 def default_run(environ: Mapping[str, str], uid: int) -> Path:

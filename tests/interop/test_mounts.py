@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import shutil
 import signal
 import stat
@@ -23,9 +24,9 @@ import pytest
 
 from dedupstore.cli import serving
 from dedupstore.errors import MountError
-from dedupstore.mounts import kernel, servers
+from dedupstore.mounts import kernel, servers, sharing
 from dedupstore.mounts.mounts import Host
-from dedupstore.mounts.state import find_target
+from dedupstore.mounts.targets import find_target
 from dedupstore.store import Store
 from tests.interop.corpus import Images
 from tests.interop.rig import (
@@ -67,9 +68,9 @@ class MountRig:
         self.directories.append(path)
         return path
 
-    def mount(self, name: str) -> Path:
+    def mount(self, name: str, share: str = "none") -> Path:
         directory = self.directory()
-        assert self.store.do("mount", name, directory) == ""
+        assert self.store.do("mount", f"--share={share}", name, directory) == ""
         return directory
 
     def umount(self, directory: Path) -> None:
@@ -275,7 +276,7 @@ def test_names_and_directories_with_slashes_and_blanks(rig: MountRig, images: Im
     name = "team/base 1%&+#é"
     rig.store.clone("base", name)
     directory = rig.directory("mount \\ of\t")
-    rig.store.do("mount", name, directory)
+    rig.store.do("mount", "--share=none", name, directory)
     assert describe(directory) == describe(images.base_tree)
     (mount,) = rig.listed()["mounts"]
     assert (mount["name"], mount["directory"]) == (name, str(directory))
@@ -289,6 +290,7 @@ def test_list_says_what_is_mounted_and_attached(rig: MountRig) -> None:
     digest = json.loads(rig.store.do("info", "base", "--json"))["digest"]
     status = first.stat()
     common = {
+        "share": "none",
         "device": str(next(rig.runtime.glob("*.0")) / "dev" / "img"),
         "via": "file",
         "fstype": "erofs",
@@ -313,6 +315,206 @@ def test_list_says_what_is_mounted_and_attached(rig: MountRig) -> None:
     }
     table = rig.store.do("mount", "--list").splitlines()
     assert [line.split()[0] for line in table] == ["NAME", "base", "clone", "base"]
+
+
+# --- sharing ---
+
+
+def write_root(tree: Path, own: bytes) -> Path:
+    """A tree of every kind of file and some MB of contents; `own` is the content of one of them,
+    the others are the same in every such tree."""
+    tree.mkdir()
+    write_everything(tree)
+    (tree / "a" / "long").write_bytes(random.Random(1).randbytes(3_000_001))
+    for number in range(40):
+        (tree / f"file-{number}").write_bytes(random.Random(number).randbytes(50_000 + number))
+    (tree / "own").write_bytes(own)
+    for path in tree.rglob("*"):
+        os.utime(path, ns=(0, 1_600_000_000_123_456_789), follow_symlinks=False)
+    return tree
+
+
+@pytest.fixture
+def roots(rig: MountRig, tmp_path: Path) -> tuple[Path, Path]:
+    """Two trees that differ in one file, imported as one and two."""
+    trees = (
+        write_root(tmp_path / "one", b"1" * 700_000),
+        write_root(tmp_path / "two", b"2" * 80_000),
+    )
+    for tree in trees:
+        rig.store.do("import", tree, tree.name)
+    return trees
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["built here", "by mkfs.erofs"])
+def test_pool_mount_is_as_its_tree(
+    rig: MountRig, roots: tuple[Path, Path], tmp_path: Path, foreign: bool
+) -> None:
+    one, two = roots
+    names = ["one", "two"]
+    if foreign:
+        for tree in roots:
+            image = tmp_path / f"{tree.name}.erofs"
+            run("mkfs.erofs", "--quiet", image, tree)
+            rig.store.import_file(image, f"{tree.name}-foreign")
+        names = [f"{name}-foreign" for name in names]
+    first, second = (rig.mount(name, "pool") for name in names)
+    assert describe(first) == describe(one)
+    assert describe(second) == describe(two)
+    assert {mount["share"] for mount in rig.listed()["mounts"]} == {"pool"}
+    rig.umount(first)
+    assert describe(second) == describe(two)
+    rig.umount(second)
+    rig.assert_nothing_left()
+
+
+def test_pool_mounts_read_common_contents_once(rig: MountRig, roots: tuple[Path, Path]) -> None:
+    first, second = rig.mount("one", "pool"), rig.mount("two", "pool")
+    total = read_all(first)
+    before = rig.metrics()
+    assert read_all(second) > total - 700_000
+    after = rig.metrics()
+    fetched = after["dedup_read_bytes_total"] - before["dedup_read_bytes_total"]
+    assert fetched < 80_000 + (64 << 10)  # its own file, its metadata, and their readahead
+
+
+def test_image_and_clone_are_one_overlay(rig: MountRig, roots: tuple[Path, Path]) -> None:
+    rig.store.do("clone", "one", "same")
+    first, second = rig.mount("one", "pool"), rig.mount("same", "pool")
+    assert first.stat().st_dev == second.stat().st_dev
+    assert len(rig.fuses()) == 1
+    before = rig.metrics()["dedup_read_bytes_total"]
+    read_all(first)
+    between = rig.metrics()["dedup_read_bytes_total"]
+    read_all(second)
+    assert rig.metrics()["dedup_read_bytes_total"] == between > before
+    rig.umount(first)
+    rig.umount(second)
+    rig.assert_nothing_left()
+
+
+def test_image_imported_later_shares_with_what_is_mounted(
+    rig: MountRig, roots: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = rig.mount("one", "pool")
+    read_all(first)
+    three = write_root(tmp_path / "three", b"3" * 90_000)
+    rig.store.do("import", three, "three")
+    third = rig.mount("three", "pool")
+    before = rig.metrics()["dedup_read_bytes_total"]
+    read_all(third)
+    assert rig.metrics()["dedup_read_bytes_total"] - before < 90_000 + (64 << 10)
+    assert describe(third) == describe(three)
+
+
+def test_home_stays_as_long_as_an_overlay_reads_from_it(
+    rig: MountRig, roots: tuple[Path, Path]
+) -> None:
+    _, two = roots
+    rig.umount(rig.mount("one", "pool"))
+    rig.assert_nothing_left()
+    second = rig.mount("two", "pool")  # attaches the view of one, too
+    assert len(rig.fuses()) == 2
+    assert [mount["name"] for mount in rig.listed()["mounts"]] == ["two"]
+    first = rig.mount("one", "pool")
+    assert len(rig.fuses()) == 2
+    rig.umount(first)
+    rig.store.do("rm", "one")
+    rig.store.do("gc")
+    assert describe(second) == describe(two)
+    rig.umount(second)
+    rig.assert_nothing_left()
+
+
+def test_sharing_is_chosen_for_what_kernel_and_image_allow(
+    rig: MountRig, roots: tuple[Path, Path], tmp_path: Path
+) -> None:
+    best = sharing.candidates("auto")[0]
+    assert best == ("kernel" if kernel.knows_option("erofs", "inode_share") else "pool")
+    image = tmp_path / "packed.erofs"
+    run("mkfs.erofs", "--quiet", "-zlz4", image, roots[0])
+    rig.store.import_file(image, "packed")
+    mounted = [rig.mount(name, "auto") for name in ("one", "packed")]
+    found = {mount["name"]: mount["share"] for mount in rig.listed()["mounts"]}
+    assert found == {"one": best, "packed": "none"}
+    directory = rig.directory()
+    line = rig.store.refuse("mount", "--share=pool", "packed", directory)
+    assert "compressed file contents" in line
+    for each in mounted:
+        rig.umount(each)
+    rig.assert_nothing_left()
+
+
+def test_kernel_sharing_is_refused_where_the_kernel_has_none(
+    rig: MountRig, roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel.knows_option("erofs", "inode_share"):
+        pytest.skip("this kernel has inode_share; tests/vm has both kinds")
+    line = rig.store.refuse("mount", "--share=kernel", "one", rig.directory())
+    assert line == (
+        "dedupstore: --share=kernel: this kernel's EROFS has no inode_share "
+        "(it came with Linux 7.0)"
+    )
+
+
+def test_programs_run_and_map_from_a_pool_mount(rig: MountRig, tmp_path: Path) -> None:
+    tree = tmp_path / "programs"
+    tree.mkdir()
+    shutil.copy2("/bin/busybox" if Path("/bin/busybox").exists() else "/bin/true", tree / "program")
+    (tree / "data").write_bytes(random.Random(5).randbytes(300_000))
+    rig.store.do("import", tree, "programs")
+    directory = rig.mount("programs", "pool")
+    subprocess.run([directory / "program", "true"], check=True)
+    with (directory / "data").open("rb") as file:
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[:] == (tree / "data").read_bytes()
+        assert os.sendfile(os.open(os.devnull, os.O_WRONLY), file.fileno(), 0, 300_000) == 300_000
+    rig.umount(directory)
+
+
+def test_container_over_a_pool_mount_reads_and_writes(
+    rig: MountRig, roots: tuple[Path, Path]
+) -> None:
+    lower, merged = rig.mount("one", "pool"), rig.directory()
+    upper, work = tmpfs_directories(rig)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    run("mount", "-t", "overlay", "-o", options, "none", merged)
+    try:
+        assert read_all(merged) == read_all(roots[0])
+        with (merged / "own").open("ab") as file:
+            file.write(b"more")
+        assert (merged / "own").read_bytes() == b"1" * 700_000 + b"more"
+        assert (lower / "own").read_bytes() == b"1" * 700_000
+    finally:
+        run("umount", merged)
+        run("umount", upper.parent)
+    rig.umount(lower)
+    rig.assert_nothing_left()
+
+
+def tmpfs_directories(rig: MountRig) -> tuple[Path, Path]:
+    """An upper and a work directory: overlayfs may not take them from what holds the test."""
+    place = rig.directory()
+    run("mount", "-t", "tmpfs", "none", place)
+    for name in ("upper", "work"):
+        (place / name).mkdir()
+    return place / "upper", place / "work"
+
+
+def test_dry_run_of_a_pool_mount_names_both_views_and_the_overlay(
+    rig: MountRig, roots: tuple[Path, Path]
+) -> None:
+    directory = rig.directory()
+    rig.store.do("mount", "--share=pool", "--dry-run", "one", directory)  # derives the home
+    plan = rig.store.do("mount", "--share=pool", "--dry-run", "two", directory)
+    assert not rig.run.exists()
+    script = plan.replace(" &\n", " >/dev/null 2>&1 &\n").replace(
+        "mount -t erofs", "mount -i -t erofs"
+    )
+    names = [line.split()[0] for line in script.splitlines()]
+    assert [Path(name).name for name in names].count("nbdfuse") == 2
+    assert "lowerdir=" in script
+    assert script.splitlines()[-1].startswith("mount --bind ")
 
 
 # --- devices ---
@@ -416,13 +618,54 @@ def test_other_file_systems_mount_with_their_type_over_one_device(
     rig.assert_nothing_left()
 
 
+# --- mount(8) ---
+
+
+@pytest.fixture
+def helper() -> Iterator[Path]:
+    """The helper where mount(8) looks for it, as an installation has it."""
+    require_root()
+    path = Path("/sbin/mount.dedupstore")
+    if path.is_symlink() or path.exists():
+        pytest.fail(f"{path} is there already")
+    path.symlink_to(DEDUPSTORE.with_name("mount.dedupstore"))
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def test_mount_8_and_fstab_mount_by_type(
+    rig: MountRig, images: Images, helper: Path, tmp_path: Path
+) -> None:
+    by_hand, by_fstab = rig.directory(), rig.directory()
+    options = f"store={rig.store.path},share=none"
+    run("mount", "-t", "dedupstore", "-o", options, "base", by_hand)
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"clone {by_fstab} dedupstore {options},nofail,noauto 0 0\n")
+    run("mount", "--fstab", fstab, by_fstab)
+    assert describe(by_hand) == describe(by_fstab) == describe(images.base_tree)
+    assert by_hand.stat().st_dev == by_fstab.stat().st_dev
+    run("umount", by_hand)
+    rig.umount(by_fstab)
+    rig.assert_nothing_left()
+    done = subprocess.run(
+        ["mount", "-t", "dedupstore", "-o", options, "none", by_hand],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert "no image named 'none'" in done.stderr
+
+
 # --- what others do to it ---
 
 
 def test_two_mounts_at_once_start_one_server_and_one_device(rig: MountRig) -> None:
     directories = [rig.directory() for _ in range(4)]
     names = ["base", "clone", "derived", "base"]
-    command = [DEDUPSTORE, "--store", rig.store.path, "mount"]
+    command = [DEDUPSTORE, "--store", rig.store.path, "mount", "--share=none"]
     started = [
         subprocess.Popen([*command, name, directory])
         for name, directory in zip(names, directories, strict=True)
@@ -431,7 +674,7 @@ def test_two_mounts_at_once_start_one_server_and_one_device(rig: MountRig) -> No
     assert len(processes_with(str(rig.runtime / "nbd.pid"))) == 1
     assert len(rig.fuses()) == 2
     assert len({directory.stat().st_dev for directory in directories}) == 2
-    stopped = [subprocess.Popen([*command[:-1], "umount", path]) for path in directories]
+    stopped = [subprocess.Popen([*command[:-2], "umount", path]) for path in directories]
     assert [process.wait(60) for process in stopped] == [0, 0, 0, 0]
     rig.assert_nothing_left()
 
@@ -543,7 +786,7 @@ def test_dry_run_of_mount_names_server_device_and_mounts(rig: MountRig) -> None:
 
 
 def plan_lines(rig: MountRig, name: str, directory: Path) -> list[str]:
-    return rig.store.do("mount", "--dry-run", name, directory).splitlines()
+    return rig.store.do("mount", "--share=none", "--dry-run", name, directory).splitlines()
 
 
 # --- refusals ---

@@ -14,11 +14,11 @@ from dedupstore.errors import ProgramError
 from dedupstore.mounts import attachments, devices, handshake, kernel, servers
 from dedupstore.mounts.devices import Roots
 from dedupstore.mounts.mounts import Host
-from dedupstore.mounts.state import Runtime, Target, default_run, load_record
-from dedupstore.store import ImageInfo
+from dedupstore.mounts.state import Export, Runtime, Target, default_run, load_record
 
 SIZE = 8 << 20
 CLIENT_PID = 4711
+EXPORT = Export("ab" * 32, SIZE, "erofs")
 CLIENT = """\
 #!/bin/sh -e
 echo "$*" >> {root}/calls
@@ -59,7 +59,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
 def host(tmp_path: Path, roots: Roots, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host whose server always runs; with the nodes' device numbers, which files do not have."""
     monkeypatch.setattr("dedupstore.mounts.mounts._require_root", lambda command: None)
-    monkeypatch.setattr(attachments, "ensure_server", lambda runtime, target: runtime.socket)
+    monkeypatch.setattr(attachments, "ensure_server", lambda runtime, store, export: runtime.socket)
     monkeypatch.setattr(kernel, "device_number", lambda device: f"43:{device.name[3:]}")
     return Host(tmp_path / "run", roots)
 
@@ -69,8 +69,8 @@ def target(tmp_path: Path) -> Callable[[str], Target]:
     """An image of that name; all have the same content."""
 
     def make(name: str) -> Target:
-        image = ImageInfo(name, SIZE, "ab" * 32, "erofs", 0.0, 1, SIZE, 0)
-        return Target(tmp_path / "store", "0123456789abcdef" * 2, image)
+        store, uuid = tmp_path / "store", "0123456789abcdef" * 2
+        return Target(store, uuid, name, EXPORT.digest, EXPORT)
 
     return make
 
@@ -179,11 +179,16 @@ def test_plan_of_mount_is_nbd_client_and_mount(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dedupstore.mounts.mounts.find_server", lambda runtime, target: Path("/s"))
-    connect, mount = host.plan_mount(target("base"), tmp_path)
+    monkeypatch.setattr(
+        "dedupstore.mounts.mounts.find_server", lambda runtime, store, export: Path("/s")
+    )
+    connect, mkdir, mount, bind = host.plan_mount(target("base"), tmp_path)
     device = roots.dev / "nbd0"
-    assert connect.endswith(f"-unix /s {device} -N base -b 4096 -C 4 -persist -nonetlink")
-    assert mount == f"mount -t erofs -o ro {device} {tmp_path}"
+    anchor = mkdir.split()[-1]
+    name = f"/{EXPORT.digest}"
+    assert connect.endswith(f"-unix /s {device} -N {name} -b 4096 -C 4 -persist -nonetlink")
+    assert mount == f"mount -t erofs -o ro {device} {anchor}"
+    assert bind == f"mount --bind {anchor} {tmp_path}"
     assert host.plan_attach(target("base")) == [connect]
 
 
@@ -192,7 +197,8 @@ def test_mountinfo_line_is_read_with_its_escapes_and_optional_fields() -> None:
         r"44 27 0:40 / /mnt/a\040b\134c ro,relatime shared:1 master:2 - erofs /run/i\011mg ro,acl"
     )
     point = kernel._parse_mount(line + "\n")
-    assert point == kernel.MountPoint("0:40", Path("/mnt/a b\\c"), "erofs", "/run/i\tmg")
+    directory = Path("/mnt/a b\\c")
+    assert point == kernel.MountPoint("0:40", directory, "erofs", "/run/i\tmg", "ro,acl")
 
 
 def test_damaged_record_counts_as_none(tmp_path: Path) -> None:
@@ -208,9 +214,7 @@ def test_runtime_directory_is_the_user_s_own() -> None:
     assert default_run({}, 5) == Path("/run/user/5/dedupstore")
 
 
-def test_socket_where_nobody_listens_is_no_server(
-    tmp_path: Path, target: Callable[[str], Target]
-) -> None:
-    assert servers.find_server(Runtime(tmp_path, "0" * 32), target("base")) is None
+def test_socket_where_nobody_listens_is_no_server(tmp_path: Path) -> None:
+    assert servers.find_server(Runtime(tmp_path, "0" * 32), tmp_path, EXPORT) is None
     with pytest.raises(FileNotFoundError):
         handshake.export_digest(tmp_path / "none", "base", 1.0)
