@@ -31,7 +31,7 @@ def images(directory: Path) -> list[Path]:
     for name, packages in _LAYERS:
         root = directory / f"{name}.root"
         if previous is None:
-            _run("debootstrap", "--variant=minbase", "bookworm", str(root))
+            _bootstrap(root)
         else:
             _run("cp", "-a", str(previous), str(root))
             _run("chroot", str(root), "apt-get", "install", "-y", *packages)
@@ -44,6 +44,19 @@ def images(directory: Path) -> list[Path]:
     if previous is not None:
         shutil.rmtree(previous)
     return sorted(directory.glob("*.erofs"))[: len(_LAYERS)]
+
+
+def _bootstrap(root: Path) -> None:
+    """Make the first root from the first of this machine's mirrors that has it."""
+    program = Path(__file__).parents[1] / "debian-mirrors"
+    printed = subprocess.run([program], stdout=subprocess.PIPE, check=True, text=True).stdout
+    mirrors = printed.split()
+    for mirror in mirrors[:-1]:
+        command = ["debootstrap", "--variant=minbase", "bookworm", str(root), mirror]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return
+        shutil.rmtree(root, ignore_errors=True)
+    _run("debootstrap", "--variant=minbase", "bookworm", str(root), mirrors[-1])
 
 
 def _run(*command: str) -> None:

@@ -1,0 +1,82 @@
+"""What guest tests share: a tree with everything a file system can hold, and a store's server that
+may be killed and started again on the same socket."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from dedupstore.server import ServerOptions, server_command
+from tests.interop.rig import takes_connections, wait_until
+
+SOCKET = "/run/dedupstore.sock"  # the service's, as guests see it
+PERSISTENT = ("-persist", "-nonetlink")
+NANOSECONDS = 1_700_000_000_123_456_789
+
+
+def build_tree(top: Path) -> Path:
+    """About 20 MB: files of all lengths, hard and symbolic links, holes, modes, owners, xattrs,
+    devices (made by root only) and names that are no UTF-8."""
+    rng = random.Random(3)
+    top.mkdir()
+    for i in range(60):
+        file = top / f"d{i % 7}" / f"file-{i}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(rng.randbytes(rng.choice((1, 4095, 4096, 4097, 300_000, 700_000))))
+        file.chmod((0o644, 0o755, 0o400, 0o4755)[i % 4])
+    (top / "empty").touch()
+    (top / "large").write_bytes(rng.randbytes(8 << 20))
+    with (top / "sparse").open("wb") as sparse:
+        sparse.seek(3 << 20)
+        sparse.write(b"end")
+    (top / "name").hardlink_to(top / "large")
+    (top / "d1" / "name").hardlink_to(top / "large")
+    (top / "link").symlink_to("d0/file-0")
+    (top / "dangling").symlink_to("/no/" + "where/" * 20)
+    Path(os.fsdecode(os.fsencode(top) + b"/no-utf8-\xff\xfe")).write_bytes(b"x")
+    os.setxattr(top / "large", "user.note", b"\0\1binary")
+    os.setxattr(top / "d0", "user.directory", b"")
+    os.mkfifo(top / "fifo")
+    if os.geteuid() == 0:
+        os.mknod(top / "char", 0o020640, os.makedev(10, 300))
+        os.mknod(top / "block", 0o060640, os.makedev(259, 70_000))
+        os.chown(top / "d2", 1000, 70_000)
+        os.setxattr(top / "d2", "trusted.note", b"root's")
+    for path in sorted(top.rglob("*"), reverse=True):  # directories after what is in them
+        moment = NANOSECONDS + rng.randrange(10**15)
+        os.utime(path, ns=(moment, moment), follow_symlinks=False)
+    return top
+
+
+class Service:
+    """A store's server, always on one socket."""
+
+    def __init__(self, store: Path, socket: Path) -> None:
+        self.socket = socket
+        self._store = store
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start nbdkit; returns once it takes connections."""
+        self.socket.unlink(missing_ok=True)
+        command = server_command(ServerOptions(self._store, self.socket), "--foreground")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sys.stderr)
+        wait_until(lambda: takes_connections(self.socket) or process.poll() is not None)
+        assert process.poll() is None
+        self._process = process
+
+    def kill(self) -> None:
+        """As if it crashed."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+def attach(image: str, device: str, *options: str) -> list[str]:
+    """The command that attaches an export of the service in a guest."""
+    connection = ["nbd-client", "-unix", SOCKET, device, "-N", image]
+    return [*connection, "-b", "4096", "-C", "4", *options]
