@@ -1,6 +1,6 @@
 """Shows what sharing saves, on this machine's own files: the table in the README.
 
-    tools/demo [--megabytes N]
+    tools/demo [--megabytes N]    (tools/demo --guest is another: guests/demo.py)
 
 Corpus: a base tree of files from the first standard directories that exist (`BASE`), taken in
 order of their names; a derived tree with every 25th file changed and 5 % added from elsewhere; one

@@ -76,9 +76,10 @@ class Attachment:
         return [p for p in table if p.device in ours and p.directory not in own]
 
     def responds(self) -> bool:
-        """Whether reading works all the way from the store."""
-        path = self.device if self.record.device is not None else self.file
-        return path is not None and devices.responds(path)
+        """Whether reading works all the way from the server, which itself is known to answer."""
+        if self.record.device is not None:
+            return self.device is not None  # nbd-client ends with its connection
+        return devices.responds(self.file)
 
     def ensure_device(self) -> Path:
         """The block device; for nbdfuse a loop device is made. Raises OSError."""
@@ -253,11 +254,13 @@ def release(attachment: Attachment) -> bool:
     had_loop = bool(kernel.loops_over(attachment.file))
     if not _drop_loop(attachment):
         return False
-    device = attachment.device
-    if device is not None and attachment.record.device is not None:
-        if kernel.is_claimed(device):
+    if attachment.record.device is not None:
+        device = Path(attachment.record.device)
+        ours = attachment.device is not None or devices.nbd_is_orphan(device, attachment.roots)
+        if ours and kernel.is_claimed(device):
             return False
-        devices.disconnect_nbd(device, attachment.roots)
+        if ours:
+            devices.disconnect_nbd(device, attachment.roots)
     if not devices.stop_nbdfuse(directory, patience_seconds=_LOOP_SECONDS if had_loop else 0):
         return False
     for name in _FILES:

@@ -54,8 +54,8 @@ def block_bytes(kind: str, size: int) -> int:
 
 
 def nbd_client_command(device: Path, socket: Path, export: str, block: int) -> list[str]:
-    """Connect `device`. -persist reconnects when a server comes back, but only the ioctl way of
-    attaching (-nonetlink) keeps a process that could."""
+    """Connect `device`. Only the ioctl way of attaching (-nonetlink) keeps a process by which a
+    device can be told to be ours, and by which -persist could reconnect."""
     return [
         find_program("nbd-client", "nbd-client"),
         *("-unix", str(socket), str(device)),
@@ -102,6 +102,15 @@ def nbd_is_ours(device: Path, socket: Path, export: str, roots: Roots) -> bool:
     reboot or a disconnect the same device may be anybody's."""
     command = kernel.command_line(_nbd_pid(device, roots), roots.proc)
     return {str(device), str(socket), export} <= set(command)
+
+
+def nbd_is_orphan(device: Path, roots: Roots) -> bool:
+    """Whether nbd-client has died and left the device as it was: it does when its server goes, for
+    its -persist does not outlive a lost connection (3.24). A device without a process of its own
+    that was attached by netlink has a `backend`, and is somebody's."""
+    block = roots.sys / "block" / device.name
+    pid = _nbd_pid(device, roots)
+    return pid != 0 and not kernel.command_line(pid, roots.proc) and not (block / "backend").exists()
 
 
 def connect_nbd(

@@ -1,18 +1,30 @@
-"""Fixtures of the guest tests: one store and its server, one guest per kernel, one boot each."""
+"""Fixtures of the guest tests: two stores with their servers, and one guest per kernel."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from dedupstore.store import Store
 from tests.interop.rig import StoreDirectory, require_nbdkit
 from tests.programs import require_program, unavailable
-from tests.vm.rig import PERSISTENT, SOCKET, Service, attach, build_tree
+from tests.vm.rig import (
+    PERSISTENT,
+    SOCKET,
+    Service,
+    at_once,
+    attach,
+    build_tree,
+    debian_roots,
+)
+from tools.guests import sharing
 from tools.guests.cache import SUITES, UnavailableError
+from tools.guests.content import checkout_files
 from tools.guests.guest import Guest
 
 
@@ -38,16 +50,73 @@ def service(tree: Path) -> Iterator[Service]:
     shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="session")
+def image_store() -> Iterator[Store]:
+    """A store with the two Debian roots, base and derived, imported as directories as most users
+    would, and clone, a second name for base."""
+    roots = debian_roots()
+    directory = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))
+    store = StoreDirectory(directory / "store")
+    store.create()
+    for name in ("base", "derived"):
+        store.do("import", roots / name, name)
+    store.do("clone", "base", "clone")
+    with Store(store.path) as opened:
+        yield opened
+    store.check()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def image_servers(image_store: Store) -> Iterator[dict[str, Service]]:
+    """A server of the images for each guest, so that each has its own count of what it loads."""
+    require_nbdkit()
+    directory = image_store.path.parent
+    servers = {
+        suite: Service(image_store.path, directory / f"nbd{i}", directory / f"metrics{i}")
+        for i, suite in enumerate(SUITES)
+    }
+    yield servers
+    for server in servers.values():
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def guests(service: Service, image_servers: dict[str, Service]) -> Iterator[dict[str, Guest]]:
+    """All guests, booted at once, with the servers' sockets and nbd devices."""
+    files = checkout_files(*sharing.PROJECT)
+
+    def boot(suite: str) -> Guest:
+        sockets = {SOCKET: service.socket, sharing.SOCKET: image_servers[suite].socket}
+        return Guest(suite, files=files, sockets=sockets)
+
+    with ExitStack() as opened:
+        try:
+            found = at_once(boot, SUITES)
+        except UnavailableError as error:
+            unavailable(str(error))
+        for guest in found.values():
+            opened.enter_context(guest)
+            guest.do(["modprobe", "nbd"])
+        yield found
+
+
 @pytest.fixture(scope="session", params=SUITES)
-def guest(request: pytest.FixtureRequest, service: Service) -> Iterator[Guest]:
-    """A guest with the service's socket and nbd devices. Tests leave it as they found it."""
-    try:
-        booted = Guest(request.param, sockets={SOCKET: service.socket})
-    except UnavailableError as error:
-        unavailable(str(error))
-    with booted:
-        booted.do(["modprobe", "nbd"])
-        yield booted
+def suite(request: pytest.FixtureRequest) -> str:
+    """The suite that a guest's kernel is from."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def guest(suite: str, guests: dict[str, Guest]) -> Guest:
+    """A guest. Tests leave it as they found it."""
+    return guests[suite]
+
+
+@pytest.fixture(scope="session")
+def images(suite: str, image_servers: dict[str, Service]) -> Service:
+    """The server of the Debian roots that the guest mounts from."""
+    return image_servers[suite]
 
 
 @pytest.fixture

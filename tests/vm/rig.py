@@ -7,10 +7,16 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from dedupstore.server import ServerOptions, server_command
-from tests.interop.rig import takes_connections, wait_until
+from tests.interop.rig import read_metrics, takes_connections, wait_until
+from tests.programs import require_root, unavailable
+
+Result = TypeVar("Result")
 
 SOCKET = "/run/dedupstore.sock"  # the service's, as guests see it
 PERSISTENT = ("-persist", "-nonetlink")
@@ -51,23 +57,46 @@ def build_tree(top: Path) -> Path:
     return top
 
 
+def debian_roots() -> Path:
+    """The directory with the two roots that tools/fetch-roots makes."""
+    require_root()
+    found = os.environ.get("DEDUPSTORE_ROOTS")
+    if not found:
+        unavailable("no DEDUPSTORE_ROOTS (tools/test sets it; see tools/fetch-roots)")
+    return Path(found)
+
+
+def at_once(work: Callable[[str], Result], suites: Iterable[str]) -> dict[str, Result]:
+    """What `work` gives for every suite, on a thread each: guests have one processor each."""
+    names = list(suites)
+    with ThreadPoolExecutor(len(names)) as threads:
+        return dict(zip(names, threads.map(work, names), strict=True))
+
+
 class Service:
     """A store's server, always on one socket."""
 
-    def __init__(self, store: Path, socket: Path) -> None:
+    def __init__(self, store: Path, socket: Path, metrics: Path | None = None) -> None:
         self.socket = socket
         self._store = store
+        self._metrics = metrics
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         """Start nbdkit; returns once it takes connections."""
         self.socket.unlink(missing_ok=True)
-        command = server_command(ServerOptions(self._store, self.socket), "--foreground")
+        options = ServerOptions(self._store, self.socket, metrics=self._metrics)
+        command = server_command(options, "--foreground")
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sys.stderr)
         wait_until(lambda: takes_connections(self.socket) or process.poll() is not None)
         assert process.poll() is None
         self._process = process
+
+    def store_reads(self) -> int:
+        """How many chunks the server has loaded from the store."""
+        assert self._metrics is not None
+        return read_metrics(self._metrics)["dedup_store_reads_total"]
 
     def kill(self) -> None:
         """As if it crashed."""

@@ -18,8 +18,7 @@ MIB = 1 << 20
 # --- the guest ---
 
 
-def test_guest_runs_the_suites_kernel(guest: Guest, request: pytest.FixtureRequest) -> None:
-    suite = request.node.callspec.params["guest"]
+def test_guest_runs_the_suites_kernel(guest: Guest, suite: str) -> None:
     assert guest.release.startswith(RELEASES[suite])
     assert guest.do(["uname", "-r"]).strip() == guest.release
 

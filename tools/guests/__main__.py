@@ -9,13 +9,7 @@ from pathlib import Path
 from tools.guests import cache
 from tools.guests.content import checkout_files
 from tools.guests.guest import MEMORY_MIB, Guest, GuestError, HostSocket
-
-# What of the project runs on Python's library alone.
-PROJECT = (
-    *("dedupstore/__init__.py", "dedupstore/constants.py", "dedupstore/errors.py"),
-    *("dedupstore/location.py", "dedupstore/programs.py", "dedupstore/server.py"),
-    "dedupstore/mounts",
-)
+from tools.guests.sharing import PROJECT
 
 
 def main() -> int:
