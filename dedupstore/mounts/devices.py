@@ -108,9 +108,9 @@ def nbd_is_orphan(device: Path, roots: Roots) -> bool:
     """Whether nbd-client has died and left the device as it was: it does when its server goes, for
     its -persist does not outlive a lost connection (3.24). A device without a process of its own
     that was attached by netlink has a `backend`, and is somebody's."""
-    block = roots.sys / "block" / device.name
     pid = _nbd_pid(device, roots)
-    return pid != 0 and not kernel.command_line(pid, roots.proc) and not (block / "backend").exists()
+    by_netlink = (roots.sys / "block" / device.name / "backend").exists()
+    return pid != 0 and not by_netlink and not kernel.command_line(pid, roots.proc)
 
 
 def connect_nbd(

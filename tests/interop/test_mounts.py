@@ -5,6 +5,7 @@ The nbd devices that this kernel may lack are in tests/unit/test_nbd_devices.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -657,6 +658,37 @@ def test_mount_8_and_fstab_mount_by_type(
     )
     assert done.returncode
     assert "no image named 'none'" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # nbdfuse
+def test_kernel_without_file_backed_mounts_gets_a_loop_device(
+    rig: MountRig, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Linux before 6.12 says to a file-backed mount, everything else real."""
+    mount_2 = kernel.mount
+
+    def before_6_12(
+        source: Path, target: Path, fstype: str | None, flags: int, options: str = ""
+    ) -> None:
+        if fstype == "erofs" and source.name == "img":
+            raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), str(source))
+        mount_2(source, target, fstype, flags, options)
+
+    monkeypatch.setattr(kernel, "mount", before_6_12)
+    directories = rig.directory(), rig.directory()
+    host = Host(rig.run)
+    for name, directory in zip(("base", "clone"), directories, strict=True):
+        with Store(rig.store.path) as store:
+            target = find_target(store, name)
+        host.mount(target, directory)
+        assert describe(directory) == describe(images.base_tree)
+    assert directories[0].stat().st_dev == directories[1].stat().st_dev
+    (loop,) = loops_below(rig.base)
+    assert (Path("/sys/block") / loop.name / "loop" / "dio").read_text() == "1\n"
+    assert {mount["via"] for mount in rig.listed()["mounts"]} == {"loop"}
+    for directory in directories:
+        host.unmount(directory)
+    rig.assert_nothing_left()
 
 
 # --- what others do to it ---

@@ -66,6 +66,8 @@ def costs(
 
 
 def _round(store: StoreDirectory, directory: Path, mode: str) -> list[int]:
+    """The first container is read twice: only then is what the server reads from, which is in this
+    machine's page cache as well, not counted."""
     points = {name: directory / name for name in ("base", "derived", "clone")}
     grown = []
     inside.drop_caches()
@@ -76,6 +78,12 @@ def _round(store: StoreDirectory, directory: Path, mode: str) -> list[int]:
             store.do("mount", f"--share={mode}", name, point)
             inside.read_all(str(point))
             grown.append(inside.cached_bytes() - before)
+        for name in ("derived", "clone"):
+            store.do("umount", points[name])
+        inside.drop_caches()
+        before = inside.cached_bytes()
+        inside.read_all(str(points["base"]))
+        grown[0] = inside.cached_bytes() - before
     finally:
         for point in points.values():
             if os.path.ismount(point):
@@ -107,5 +115,5 @@ def test_without_sharing_only_the_identical_clone_is_free(
     costs: Callable[[str], list[int]],
 ) -> None:
     first, second, clone = costs("none")
-    assert second > 0.95 * first > 95 * MB
+    assert min(first, second) > 100 * MB
     assert clone <= 0.1 * MB + NOISE_BYTES

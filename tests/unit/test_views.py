@@ -195,6 +195,20 @@ def crafted_image(directory: Path, claimed: bytes) -> Path:
 
 
 @pytest.mark.parametrize("kind", [KERNEL, POOL])
+@pytest.mark.parametrize("option", ["-x1", "-Enoinline_data", "--chunksize=4096"])
+def test_fsck_accepts_views(
+    store: Store, derive: Derive, tmp_path: Path, kind: int, option: str
+) -> None:
+    import_foreign(store, write_tree(tmp_path / "tree"), "image", option)
+    view = tmp_path / "view.erofs"
+    view.write_bytes(image_bytes(store, derive("image", kind).digest))
+    for program in erofs_programs("fsck.erofs"):
+        done = subprocess.run([program, view], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "<E>" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", [KERNEL, POOL])
 def test_view_stores_no_content_again(
     store: Store, derive: Derive, tmp_path: Path, kind: int
 ) -> None:

@@ -18,12 +18,27 @@ _SECTOR_BYTES = 512
 
 def mount(target: dict[str, Any], directory: str) -> None:
     """Mount what a `Target` says, given as its fields; the directory is made."""
-    fields = dict(target)
-    fields["store"] = Path(target["store"])
-    fields["export"] = Export(**target["export"])
-    fields["homes"] = tuple(Export(**home) for home in target["homes"])
     Path(directory).mkdir(parents=True, exist_ok=True)
-    Host(_RUN).mount(Target(**fields), Path(directory))
+    Host(_RUN).mount(_target(target), Path(directory))
+
+
+def attach(target: dict[str, Any]) -> str:
+    """Make what a `Target` says a device, and return it."""
+    return str(Host(_RUN).attach(_target(target)))
+
+
+def detach(what: str, store: str) -> None:
+    """Give back a device or a name of a store."""
+    Host(_RUN).detach(what, Path(store))
+
+
+def _target(fields: dict[str, Any]) -> Target:
+    converted = {
+        "store": Path(fields["store"]),
+        "export": Export(**fields["export"]),
+        "homes": tuple(Export(**home) for home in fields["homes"]),
+    }
+    return Target(**{**fields, **converted})
 
 
 def umount(directory: str) -> None:

@@ -68,6 +68,16 @@ class Containers:
         for directory in directories:
             self._guest.python(mounting.umount, directory, timeout=_SECONDS)
 
+    def attach(self, name: str) -> str:
+        """Make an image a device in the guest; which one. Raises GuestError."""
+        target = self.target(name, "none")
+        device: str = self._guest.python(mounting.attach, target, timeout=_SECONDS)
+        return device
+
+    def detach(self, what: str) -> None:
+        """Give back a device or name in the guest. Raises GuestError."""
+        self._guest.python(mounting.detach, what, STORE, timeout=_SECONDS)
+
     def mounts(self) -> list[dict[str, Any]]:
         """What `mount --list` would say in the guest."""
         found: list[dict[str, Any]] = self._guest.python(mounting.list_mounts)
