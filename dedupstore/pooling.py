@@ -89,11 +89,11 @@ def require_poolable(root: Directory, image: bytes) -> None:
             and node.kind == stat.S_IFCHR
             and not (node.major | node.minor)
         ):
-            raise NotShareableError(f"not for a pool: {shown!r} is a whiteout of overlayfs")
+            raise NotShareableError(f"{shown!r} is a whiteout of overlayfs")
         if any(key.startswith(_OVERLAY) for key in node.attributes.xattrs):
-            raise NotShareableError(f"not for a pool: {shown!r} has attributes of overlayfs")
+            raise NotShareableError(f"{shown!r} has attributes of overlayfs")
     if object_id(image) in root.entries:
-        raise NotShareableError(f"not for a pool: has an entry {object_id(image).decode()}")
+        raise NotShareableError(f"has an entry {object_id(image).decode()}")
 
 
 def pool(

@@ -81,19 +81,19 @@ def ensure_view(store: Store, image: bytes, kind: int, on_progress: Progress) ->
             try:
                 root = read_tree(read_at, manifest.size)
             except ErofsError as error:
-                raise NotShareableError(f"image {image.hex()[:16]}: {error.reason}") from None
+                raise NotShareableError(error.reason) from None
             derivation = _Derivation(store, image, root, on_progress)
             if kind == fmt.VIEW_KERNEL:
                 derivation.kernel()
             else:
                 derivation.pool()
     except SourceError as error:
-        raise NotShareableError(f"image {image.hex()[:16]}: {error}") from None
+        raise NotShareableError(str(error)) from None
     finally:
         store.close_manifest(manifest)
     found = _find(store, image, kind)
     if found is None:
-        raise NotShareableError(f"image {image.hex()[:16]}: removed while its view was derived")
+        raise NotShareableError("removed while its view was derived")
     return found
 
 
@@ -163,7 +163,7 @@ class _Derivation:
             except _HomeGoneError:
                 continue
             return
-        raise NotShareableError(f"image {self._image.hex()[:16]}: gc is faster; try again")
+        raise NotShareableError("gc is faster; try again")
 
     def _fingerprint(self, files: list[RegularFile], all_bytes: int) -> dict[int, bytes]:
         """SHA-256 of every file's content, on every core."""

@@ -8,7 +8,6 @@ for a later try. Callers hold the runtime's lock, except for `find` and the prop
 
 from __future__ import annotations
 
-import errno
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,25 +95,36 @@ def attachments(runtime: Runtime, roots: Roots) -> list[Attachment]:
     return [Attachment(path, record, roots) for path, record in found if record is not None]
 
 
-def find(runtime: Runtime, digest: str, roots: Roots) -> Attachment | None:
-    """The attachment of an export that works, if there is one."""
+def find(runtime: Runtime, digest: str, share: str | None, roots: Roots) -> Attachment | None:
+    """The attachment of an export that works, if there is one.
+
+    With `share` only one that is mounted in that way, or not yet: how an EROFS shares is settled
+    when it is mounted.
+    """
     for attachment in attachments(runtime, roots):
-        if attachment.record.digest == digest and attachment.responds():
+        record = attachment.record
+        suits = share in (None, record.share) or not kernel.is_mounted(attachment.anchor)
+        if record.digest == digest and suits and attachment.responds():
             return attachment
     return None
 
 
-def ensure(runtime: Runtime, target: Target, export: Export, roots: Roots) -> Attachment:
+def ensure(
+    runtime: Runtime, target: Target, export: Export, roots: Roots, *, mounting: bool
+) -> Attachment:
     """The attachment of the target's export or one of its homes, with its server; made if there is
-    none that works.
+    none that works. `mounting`: it is going to be mounted as the target says, and then is one that
+    can be.
 
     One that does not work any more stays under its mounts until they are unmounted. Raises
     MountError, ProgramError; nothing half-made stays.
     """
-    # First: nbd-client then reconnects by itself.
     socket = ensure_server(runtime, target.store, export)
-    found = find(runtime, export.digest, roots)
+    found = find(runtime, export.digest, target.share if mounting else None, roots)
     if found is not None:
+        if mounting:
+            found.record.share = target.share
+            found.save()
         return found
     _drop_dead(runtime, export.digest, roots)
     made = _new(runtime, target, export, socket, roots)
@@ -132,7 +142,7 @@ def ensure(runtime: Runtime, target: Target, export: Export, roots: Roots) -> At
 def _drop_dead(runtime: Runtime, digest: str, roots: Roots) -> None:
     """Take back devices of an export that read no more, but for those that are in use."""
     for attachment in attachments(runtime, roots):
-        if attachment.record.digest == digest:
+        if attachment.record.digest == digest and not attachment.responds():
             attachment.record.claims.clear()
             attachment.save()
             if not attachment.mounts(kernel.mount_table()):
@@ -249,7 +259,7 @@ def release(attachment: Attachment) -> bool:
     Raises ProgramError if nbd-client fails.
     """
     directory = attachment.directory
-    if not (_unmounted(attachment.top) and _unmounted(attachment.anchor)):
+    if not (kernel.try_unmount(attachment.top) and kernel.try_unmount(attachment.anchor)):
         return False
     had_loop = bool(kernel.loops_over(attachment.file))
     if not _drop_loop(attachment):
@@ -268,16 +278,4 @@ def release(attachment: Attachment) -> bool:
     for path in (attachment.file.parent, attachment.anchor, attachment.top, directory):
         if path.exists():
             path.rmdir()
-    return True
-
-
-def _unmounted(directory: Path) -> bool:
-    if not kernel.is_mounted(directory):
-        return True
-    try:
-        kernel.unmount(directory)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            return False
-        raise
     return True

@@ -198,7 +198,7 @@ def start_nbdfuse(directory: Path, socket: Path, export: str) -> None:
 def stop_nbdfuse(directory: Path, *, patience_seconds: float) -> bool:
     """Unmount nbdfuse's file, which ends nbdfuse. False: the kernel still reads from the file."""
     mountpoint = fuse_file(directory).parent
-    if not _wait(lambda: _unmounted(mountpoint), patience_seconds):
+    if not _wait(lambda: kernel.try_unmount(mountpoint), patience_seconds):
         return False
     try:
         pid = int((directory / "nbdfuse.pid").read_text())
@@ -211,16 +211,6 @@ def stop_nbdfuse(directory: Path, *, patience_seconds: float) -> bool:
     if not _wait(ended, _EXIT_SECONDS):  # it waits for a server that hangs
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return True
-
-
-def _unmounted(mountpoint: Path) -> bool:
-    if not kernel.is_mounted(mountpoint):
-        return True
-    try:
-        kernel.unmount(mountpoint)
-    except OSError:
-        return False
     return True
 
 

@@ -25,6 +25,8 @@ _FSOPEN, _FSCONFIG = 430, 431  # the same numbers on every architecture
 _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 0, 1
 
+_OPTIONS_BYTES_MAX = os.sysconf("SC_PAGE_SIZE")
+
 _LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CLR_FD = 0x4C01
@@ -41,7 +43,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def mount(source: Path, target: Path, fstype: str | None, flags: int, options: str = "") -> None:
-    """mount(2); no `fstype` for a bind mount."""
+    """mount(2); no `fstype` for a bind mount. Options that are too long are E2BIG: the kernel would
+    cut them off without a word."""
+    if len(options) >= _OPTIONS_BYTES_MAX:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), str(target))
     result = _libc.mount(
         os.fsencode(source),
         os.fsencode(target),
@@ -59,6 +64,19 @@ def unmount(target: Path) -> None:
     """
     umount_nofollow = 8
     _check(_libc.umount2(os.fsencode(target), umount_nofollow), target)
+
+
+def try_unmount(directory: Path) -> bool:
+    """Unmount a directory if something is mounted on it; False if that is in use."""
+    if not is_mounted(directory):
+        return True
+    try:
+        unmount(directory)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    return True
 
 
 def knows_option(fstype: str, option: str, value: str | None = None) -> bool:

@@ -67,7 +67,7 @@ class Host:
         """Make the image a block device, or find that it or an identical one is; return it."""
         _require_root("attach")
         with self._changing(Runtime(self.run, target.store_uuid)) as runtime:
-            attachment = attachments.ensure(runtime, target, target.export, self.roots)
+            attachment = self._ensure(runtime, target, target.export, mounting=False)
             try:
                 device = attachment.ensure_device()
             except OSError as error:
@@ -126,8 +126,8 @@ class Host:
         directory = _resolve_directory(directory)
         with self._changing(Runtime(self.run, target.store_uuid)) as runtime:
             self._require_unmounted(runtime, directory)
-            homes = [self._ensure(runtime, target, home) for home in target.homes]
-            attachment = self._ensure(runtime, target, target.export)
+            homes = [self._ensure(runtime, target, home, mounting=True) for home in target.homes]
+            attachment = self._ensure(runtime, target, target.export, mounting=True)
             record = attachment.record
             record.image, record.name = target.digest, target.name
             try:
@@ -144,8 +144,10 @@ class Host:
             record.mounts[str(directory)] = target.name
             attachment.save()
 
-    def _ensure(self, runtime: Runtime, target: Target, export: Export) -> Attachment:
-        return attachments.ensure(runtime, target, export, self.roots)
+    def _ensure(
+        self, runtime: Runtime, target: Target, export: Export, *, mounting: bool
+    ) -> Attachment:
+        return attachments.ensure(runtime, target, export, self.roots, mounting=mounting)
 
     def _require_unmounted(self, runtime: Runtime, directory: Path) -> None:
         for mount in self._mounts_of(runtime):
@@ -240,7 +242,7 @@ class Host:
 
     def plan_attach(self, target: Target) -> list[str]:
         """The shell commands that do what `attach` would do now."""
-        lines, (attachment,) = self._plan(target, [target.export])
+        lines, (attachment,) = self._plan(target, [target.export], None)
         if attachment.device is None and attachment.record.device is None:
             lines.append(shlex.join(devices.loop_command(attachment.file, attachment.block_bytes)))
         return lines
@@ -249,7 +251,8 @@ class Host:
         """The shell commands that do what `mount` would do now."""
         fstype = _choose_type(target, fstype)
         directory = _resolve_directory(directory)
-        lines, (*homes, attachment) = self._plan(target, [*target.homes, target.export])
+        exports = [*target.homes, target.export]
+        lines, (*homes, attachment) = self._plan(target, exports, target.share)
         if fstype == EROFS:
             lines += anchors.plan(attachment, homes, target.store_uuid)
             is_pool = attachment.record.share == POOL
@@ -263,7 +266,9 @@ class Host:
         source_word = '"$device"' if device is None else shlex.quote(str(device))
         return [*lines, f"{words} {source_word} {shlex.quote(str(directory))}"]
 
-    def _plan(self, target: Target, exports: list[Export]) -> tuple[list[str], list[Attachment]]:
+    def _plan(
+        self, target: Target, exports: list[Export], share: str | None
+    ) -> tuple[list[str], list[Attachment]]:
         """The commands up to the devices, and the attachments as they are or would be."""
         runtime = Runtime(self.run, target.store_uuid)
         socket = find_server(runtime, target.store, target.export)
@@ -273,7 +278,7 @@ class Host:
             lines += [shlex.join(["mkdir", "-p", str(runtime.path)]), start]
         free = devices.free_nbds(self.roots)
         for export in exports:
-            attachment = attachments.find(runtime, export.digest, self.roots)
+            attachment = attachments.find(runtime, export.digest, share, self.roots)
             if attachment is None:
                 device = free.pop(0) if free else None
                 attachment, commands = attachments.plan(

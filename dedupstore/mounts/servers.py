@@ -52,7 +52,8 @@ def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
         if digest == export.digest:
             return socket
         if socket == own:
-            raise MountError(f"image {export.digest[:16]} has just been removed; try again")
+            what = f"{own}: the store's server does not serve {export.digest[:16]}"
+            raise MountError(f"{what} (removed meanwhile? try again)")
     return None
 
 

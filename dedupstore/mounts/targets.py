@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dedupstore import format as fmt
-from dedupstore.errors import NotShareableError, StoreFullError
+from dedupstore.errors import (
+    ChunkDamagedError,
+    NotShareableError,
+    StoreAccessError,
+    StoreFullError,
+)
 from dedupstore.mounts.sharing import KERNEL, NONE, POOL
 from dedupstore.mounts.state import Export, Target
 from dedupstore.store import ImageInfo, Store
@@ -25,17 +30,20 @@ def find_target(
 ) -> Target:
     """What to mount for image `name` in the first of `modes` (sharing's) that it can be shared in.
 
-    Deriving a view takes seconds for a large image, once; `on_progress` as for an import. A disk
-    without room for the view is no reason not to mount. Raises ImageNotFoundError, and for the last
-    of `modes` NotShareableError, StoreFullError.
+    Deriving a view takes seconds for a large image, once; `on_progress` as for an import. A store
+    that has no room for it, or with a damaged chunk in the image, is no reason not to mount. Raises
+    ImageNotFoundError, and for the last of `modes` NotShareableError and what else stops a view.
     """
     image = store.image(name)
     for position, mode in enumerate(modes):
         try:
             return _target(store, image, mode, on_progress or (lambda _done, _all: None))
-        except (NotShareableError, StoreFullError):
-            if position == len(modes) - 1:
-                raise
+        except (NotShareableError, StoreFullError, StoreAccessError, ChunkDamagedError) as error:
+            if position < len(modes) - 1:
+                continue
+            if isinstance(error, NotShareableError):
+                raise NotShareableError(f"image {name!r}, --share={mode}: {error}") from None
+            raise
     raise AssertionError("no mode")
 
 

@@ -22,7 +22,7 @@ from dedupstore.store import Store
 from tests.conftest import silent
 from tests.vm.rig import Service, at_once, debian_roots
 from tools.guests import inside
-from tools.guests.guest import Guest
+from tools.guests.guest import Guest, GuestError
 from tools.guests.sharing import SOCKET, Containers, Cost
 
 MB = 10**6
@@ -197,8 +197,8 @@ def test_identical_clone_costs_nothing(measured: Measured) -> None:
 
 def test_server_loads_no_shared_chunk_again(measured: Measured, image_store: Store) -> None:
     own = image_store.diff("base", "derived").only_b_chunks
-    # Its own chunks and its view's metadata; those share frames with little else.
-    assert measured.costs["second"].store_reads <= 1.5 * own
+    # Its own chunks and its view's metadata; a frame of those may hold a few others.
+    assert measured.costs["second"].store_reads <= own + 32
 
 
 def test_ten_containers_cost_half_as_much_again_as_one(measured: Measured) -> None:
@@ -219,6 +219,20 @@ def test_without_sharing_the_second_container_costs_as_much_as_the_first(
     assert (clone.nbd_bytes, clone.store_reads) == (0, 0)
 
 
+def test_sharing_can_be_turned_off_beside_mounts_that_share(
+    guest: Guest, containers: Containers, best: str
+) -> None:
+    containers.mount("base", FIRST, best)
+    guest.python(inside.read_all, f"{FIRST}/{PART}", timeout=120)
+    apart = containers.cost("base", SECOND, "none", part=PART)
+    assert apart.cached_bytes > 10 * MB
+    containers.mount("clone", THIRD, best)
+    superblocks = {mount["directory"]: mount["superblock"] for mount in containers.mounts()}
+    assert superblocks[FIRST] == superblocks[THIRD] != superblocks[SECOND]
+    shares = {mount["directory"]: mount["share"] for mount in containers.mounts()}
+    assert shares == {FIRST: best, SECOND: "none", THIRD: best}
+
+
 # --- what it shows ---
 
 
@@ -227,14 +241,18 @@ def test_mounted_container_is_as_its_tree(measured: Measured, name: str) -> None
     assert measured.inventories[name] == inside.inventory(str(debian_roots() / name))
 
 
-@pytest.mark.parametrize("share", ["best", "none"])
+@pytest.mark.parametrize("share", ["kernel", "pool", "none"])
 def test_tree_of_every_kind_of_file_is_mounted_as_it_is(
     guest: Guest, containers: Containers, best: str, image_store: Store, tree: Path, share: str
 ) -> None:
     """The image with fingerprints mounts on every kernel, also where it does not share."""
     if "kinds" not in image_store.names():
         image_store.import_path(tree, "kinds", silent)
-    containers.mount("kinds", FIRST, best if share == "best" else share)
+    if share == "kernel" and best != "kernel":
+        with pytest.raises(GuestError, match="Invalid argument"):
+            containers.mount("kinds", FIRST, share)
+        return
+    containers.mount("kinds", FIRST, share)
     assert guest.python(inside.inventory, FIRST) == inside.inventory(str(tree))
 
 
