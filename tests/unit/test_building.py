@@ -92,7 +92,7 @@ def test_imported_tree_reads_back_as_the_written_image(
     store: Store, root: Directory, tmp_path: Path
 ) -> None:
     """On several threads, the parts of a large file hashed in turn."""
-    store._import_tree(root, "tree", "image", silent)
+    store._importer().import_tree(root, "tree", "image", silent)
     assert read_image(store, "image") == written(root)
 
 
@@ -102,7 +102,7 @@ def test_file_that_cannot_be_read_fails_the_import_and_nobody_waits(
 ) -> None:
     root.entries[b"large"] = file(noise(1, 3 * SEGMENT_BYTES + 777), fail_at=at)
     with pytest.raises(SourceError, match=r"^tree: file: Input/output error$"):
-        store._import_tree(root, "tree", "image", silent)
+        store._importer().import_tree(root, "tree", "image", silent)
     assert store.names() == []
 
 
@@ -125,5 +125,5 @@ def test_file_that_changes_after_the_scan_fails_the_import(
     root = scan_directory(tree)
     change(tree / "file")
     with pytest.raises(SourceError, match=r"changed|shorter"):
-        store._import_tree(root, "tree", "image", silent)
+        store._importer().import_tree(root, "tree", "image", silent)
     assert store.names() == []

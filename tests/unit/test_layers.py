@@ -19,6 +19,7 @@ LAYERS = (
     ("cache", "manifest", "sources", "building", "pooling"),
     ("reader", "staging"),
     ("ingest", "gc"),
+    ("imports",),
     ("store",),
     ("check", "export", "server", "views"),
     ("mounts",),

@@ -23,8 +23,9 @@ from dedupstore.errors import (
     StoreVersionError,
     UsageError,
 )
+from dedupstore.imports import default_name
 from dedupstore.ingest import Imported
-from dedupstore.store import Store, default_name
+from dedupstore.store import Store
 from tests.conftest import (
     blocks,
     flip_record,
