@@ -13,6 +13,7 @@ import sys
 
 # Options of ours: each becomes one of the command line.
 _OWN = ("store", "share", "type")
+_RESTRICTIONS = ("nosuid", "nodev", "noexec")
 # What mount(8) and systemd put into options for themselves, or what holds for every mount here:
 # images are read-only, as they would be on a read-only medium, whatever is asked for.
 _IGNORED = ("defaults", "ro", "rw", "auto", "noauto", "nofail", "_netdev", "user", "nouser")
@@ -31,26 +32,33 @@ def translate(arguments: list[str]) -> list[str]:
     given = {switch: value for switch, value in switches if switch != "-o"}
     if "-N" in given:
         raise ValueError("mounting in another namespace is not supported")
-    own = _parse([value for switch, value in switches if switch == "-o"], sloppy="-s" in given)
+    lists = [value for switch, value in switches if switch == "-o"]
+    own, restrictions = _parse(lists, sloppy="-s" in given)
     if "-f" in given:
         return []
     command = ["--store", own.pop("store")] if "store" in own else []
     command.append("mount")
     for key, value in own.items():
         command.append(f"--{key}={value}")
+    command += [f"--option={name}" for name in restrictions]
     return [*command, "--", name, directory]
 
 
-def _parse(lists: list[str], *, sloppy: bool) -> dict[str, str]:
-    """Our options among comma-separated ones; a backslash keeps a comma."""
+def _parse(lists: list[str], *, sloppy: bool) -> tuple[dict[str, str], list[str]]:
+    """Our options among comma-separated ones, those with values and the restrictions; a backslash
+    keeps a comma."""
     found: dict[str, str] = {}
+    restrictions = []
     for option in filter(None, ",".join(lists).replace("\\,", "\0").split(",")):
         key, has_value, value = option.replace("\0", ",").partition("=")
         if key in _OWN and has_value:
             found[key] = value
+        elif option in _RESTRICTIONS:
+            restrictions.append(option)
         elif not (sloppy or option in _IGNORED or option.startswith(_IGNORED_PREFIXES)):
-            raise ValueError(f"unknown option {option!r} (known: {', '.join(_OWN)})")
-    return found
+            known = ", ".join((*_OWN, *_RESTRICTIONS))
+            raise ValueError(f"unknown option {option!r} (known: {known})")
+    return found, restrictions
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import click
 from dedupstore.cli.context import Context, pass_context
 from dedupstore.cli.output import json_option, print_json, print_table, progress
 from dedupstore.mounts import sharing
+from dedupstore.mounts.kernel import RESTRICTIONS
 from dedupstore.mounts.mounts import Host
 from dedupstore.mounts.state import Target, default_run
 from dedupstore.mounts.targets import find_target
@@ -62,6 +63,14 @@ def detach(context: Context, what: str) -> None:
     default=sharing.AUTO,
     help="How to share page cache with mounts of other images. Default: auto.",
 )
+@click.option(
+    "-o",
+    "--option",
+    "restrictions",
+    type=click.Choice(tuple(RESTRICTIONS)),
+    multiple=True,
+    help="Forbid something on this mount; may be repeated.",
+)
 @click.option("--list", "as_list", is_flag=True, help="List mounts and attached devices.")
 @_dry_run
 @json_option
@@ -72,6 +81,7 @@ def mount(
     directory: Path | None,
     fstype: str | None,
     share: str,
+    restrictions: tuple[str, ...],
     as_list: bool,
     dry_run: bool,
     as_json: bool,
@@ -92,9 +102,9 @@ def mount(
     # Only EROFS is shared, and only the kernel can tell what another file system holds.
     target = _target(context, name, sharing.NONE if fstype else share)
     if dry_run:
-        _print_lines(_host().plan_mount(target, directory, fstype))
+        _print_lines(_host().plan_mount(target, directory, fstype, restrictions))
     else:
-        _host().mount(target, directory, fstype)
+        _host().mount(target, directory, fstype, restrictions)
 
 
 def _print_lines(lines: list[str]) -> None:

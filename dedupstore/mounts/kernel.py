@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MS_RDONLY = 1
+MS_REMOUNT = 32
 MS_BIND = 4096
+# What one mount of a file system may forbid, by mount(8)'s names.
+RESTRICTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8}
 
 _FSOPEN, _FSCONFIG = 430, 431  # the same numbers on every architecture
 _FSOPEN_CLOEXEC = 1

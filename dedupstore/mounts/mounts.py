@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +119,15 @@ class Host:
         record.claims = left
         attachment.save()
 
-    def mount(self, target: Target, directory: Path, fstype: str | None = None) -> None:
-        """Mount an image read-only. `fstype` defaults to erofs for EROFS images."""
+    def mount(
+        self,
+        target: Target,
+        directory: Path,
+        fstype: str | None = None,
+        restrictions: Sequence[str] = (),
+    ) -> None:
+        """Mount an image read-only. `fstype` defaults to erofs for EROFS images; `restrictions` are
+        keys of kernel.RESTRICTIONS, and hold for this mount alone."""
         _require_root("mount")
         fstype = _choose_type(target, fstype)
         directory = _resolve_directory(directory)
@@ -133,11 +140,12 @@ class Host:
             try:
                 if fstype == EROFS:
                     top = anchors.mount(attachment, homes, target.store_uuid)
-                    kernel.mount(top, directory, None, kernel.MS_BIND)
+                    _bind(top, directory, _flags(restrictions))
                 else:
                     # The kernel gives a device that is mounted already the same superblock again.
                     device = attachment.ensure_device()
-                    kernel.mount(device, directory, fstype, kernel.MS_RDONLY)
+                    flags = kernel.MS_RDONLY | _flags(restrictions)
+                    kernel.mount(device, directory, fstype, flags)
             except OSError as error:
                 what = f"mounting {target.name!r} on {directory}"
                 raise MountError(f"{what} as {fstype}: {error.strerror}") from None
@@ -247,7 +255,13 @@ class Host:
             lines.append(shlex.join(devices.loop_command(attachment.file, attachment.block_bytes)))
         return lines
 
-    def plan_mount(self, target: Target, directory: Path, fstype: str | None = None) -> list[str]:
+    def plan_mount(
+        self,
+        target: Target,
+        directory: Path,
+        fstype: str | None = None,
+        restrictions: Sequence[str] = (),
+    ) -> list[str]:
         """The shell commands that do what `mount` would do now."""
         fstype = _choose_type(target, fstype)
         directory = _resolve_directory(directory)
@@ -257,12 +271,15 @@ class Host:
             lines += anchors.plan(attachment, homes, target.store_uuid)
             is_pool = attachment.record.share == POOL
             source = attachment.top if is_pool else attachment.anchor
-            return [*lines, shlex.join(["mount", "--bind", str(source), str(directory)])]
+            bind = ["mount", "--bind"]
+            if restrictions:
+                bind += ["-o", ",".join(("ro", *restrictions))]
+            return [*lines, shlex.join([*bind, str(source), str(directory)])]
         device = attachment.record.device or attachment.device
         if device is None:
             loop = shlex.join(devices.loop_command(attachment.file, attachment.block_bytes))
             lines.append(f"device=$({loop})")
-        words = shlex.join(["mount", "-t", fstype, "-o", "ro"])
+        words = shlex.join(["mount", "-t", fstype, "-o", ",".join(("ro", *restrictions))])
         source_word = '"$device"' if device is None else shlex.quote(str(device))
         return [*lines, f"{words} {source_word} {shlex.quote(str(directory))}"]
 
@@ -309,6 +326,22 @@ def _resolve_directory(directory: Path) -> Path:
     if not resolved.is_dir():
         raise MountError(f"{directory}: not a directory")
     return resolved
+
+
+def _flags(restrictions: Sequence[str]) -> int:
+    return sum(kernel.RESTRICTIONS[name] for name in set(restrictions))
+
+
+def _bind(source: Path, directory: Path, flags: int) -> None:
+    """A bind mount; its flags take a second step, without which it must not stay."""
+    kernel.mount(source, directory, None, kernel.MS_BIND)
+    if flags:
+        try:
+            again = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY
+            kernel.mount(source, directory, None, again | flags)
+        except OSError:
+            kernel.unmount(directory)
+            raise
 
 
 def _unmount(directory: Path) -> None:

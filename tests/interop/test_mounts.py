@@ -636,6 +636,25 @@ def helper() -> Iterator[Path]:
         path.unlink()
 
 
+@pytest.mark.parametrize("share", ["none", "pool"])
+def test_restrictions_hold_for_their_mount_alone(
+    rig: MountRig, roots: tuple[Path, Path], share: str
+) -> None:
+    free, restricted = rig.mount("one", share), rig.directory()
+    options = ("-o", "nosuid", "--option=nodev", "-o", "noexec")
+    rig.store.do("mount", f"--share={share}", *options, "one", restricted)
+    flags = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+    assert os.statvfs(restricted).f_flag & flags == flags
+    assert os.statvfs(free).f_flag & flags == 0
+    assert os.statvfs(restricted).f_flag & os.ST_RDONLY
+    assert free.stat().st_dev == restricted.stat().st_dev
+    plan = rig.store.do("mount", "--dry-run", f"--share={share}", *options, "one", rig.directory())
+    assert "-o ro,nosuid,nodev,noexec" in plan.splitlines()[-1]
+    rig.umount(free)
+    rig.umount(restricted)
+    rig.assert_nothing_left()
+
+
 def test_mount_8_and_fstab_mount_by_type(
     rig: MountRig, images: Images, helper: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,10 @@ from dedupstore.cli.mounthelper import translate
             ["ext", "/mnt", "-o", "type=ext4", "-o", r"store=/a\,b"],
             ["--store", "/a,b", "mount", "--type=ext4", "--", "ext", "/mnt"],
         ),
+        (
+            ["base", "/mnt", "-o", "nodev,nosuid"],
+            ["mount", "--option=nodev", "--option=nosuid", "--", "base", "/mnt"],
+        ),
         (["base", "/mnt", "-f"], []),
     ],
 )
@@ -42,7 +46,7 @@ def test_options_become_those_of_the_command(
     [
         ([], "needs an image and a directory"),
         (["base"], "needs an image and a directory"),
-        (["base", "/mnt", "-o", "noexec"], "unknown option 'noexec'"),
+        (["base", "/mnt", "-o", "sync"], "unknown option 'sync'"),
         (["base", "/mnt", "-o", "store"], "unknown option 'store'"),
         (["base", "/mnt", "-x"], "option -x not recognized"),
         (["base", "/mnt", "-N", "7"], "another namespace"),
