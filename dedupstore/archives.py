@@ -10,13 +10,13 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 import zstandard
 
-Opener = Callable[[Path], AbstractContextManager[BinaryIO]]
+Opener = Callable[[Path], Any]
+"""Opens a file for reading, decompressed, as a binary stream and context manager."""
 
 # What a damaged file makes the openers' streams raise, OSError aside.
 DAMAGE = (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
@@ -26,32 +26,16 @@ _TAR_MAGIC_AT = 257
 _HEAD_BYTES = 512
 
 
-def open_plain(path: Path) -> AbstractContextManager[BinaryIO]:
+def open_plain(path: Path) -> BinaryIO:
     """The opener of an archive that is not compressed."""
     return open(path, "rb")
 
 
-def _open_gzip(path: Path) -> AbstractContextManager[BinaryIO]:
-    return cast("AbstractContextManager[BinaryIO]", gzip.open(path, "rb"))
-
-
-def _open_bzip2(path: Path) -> AbstractContextManager[BinaryIO]:
-    return cast("AbstractContextManager[BinaryIO]", bz2.open(path, "rb"))
-
-
-def _open_xz(path: Path) -> AbstractContextManager[BinaryIO]:
-    return cast("AbstractContextManager[BinaryIO]", lzma.open(path, "rb"))
-
-
-def _open_zstd(path: Path) -> AbstractContextManager[BinaryIO]:
-    return cast("AbstractContextManager[BinaryIO]", zstandard.open(path, "rb"))
-
-
 _COMPRESSED: dict[bytes, Opener] = {
-    b"\x1f\x8b": _open_gzip,
-    b"BZh": _open_bzip2,
-    b"\xfd7zXZ\0": _open_xz,
-    b"\x28\xb5\x2f\xfd": _open_zstd,
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": zstandard.open,
 }
 
 

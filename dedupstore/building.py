@@ -84,7 +84,7 @@ class BuiltSource:
             data = self.read_at(offset, length)
             if self._wanted:
                 self._hash(offset, memoryview(data))
-        except BaseException:
+        except BaseException:  # whatever it was, others wait for these bytes' hash
             self.abandon()
             raise
         return data

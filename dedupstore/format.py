@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import sub
@@ -525,13 +525,14 @@ _VIEW_KEY_PREFIX = b"view"
 class ViewRecord:
     """An image derived from another, for mounts that share. `digest` is the manifest it is stored
     as; `homes` the digests of further views whose objects it needs; `objects` the SHA-256 of each
-    file content that is an object of its own, by number. `created_ns` as in `ImageRecord`.
+    file content that is an object of its own, by number, packed: gc decodes every view in each of
+    its transactions. `created_ns` as in `ImageRecord`.
     """
 
     digest: bytes
     created_ns: int
     homes: tuple[bytes, ...] = ()
-    objects: tuple[bytes, ...] = ()
+    objects: bytes = b""
 
 
 def view_key(image: bytes, kind: int) -> bytes:
@@ -549,9 +550,9 @@ def decode_view_key(key: Buffer) -> tuple[bytes, int] | None:
 
 def encode_view(view: ViewRecord, key: bytes) -> bytes:
     """Value of a view's key."""
-    counts = (len(view.homes), len(view.objects))
+    counts = (len(view.homes), len(view.objects) // DIGEST_BYTES)
     body = _VIEW.pack(view.digest, view.created_ns, *counts)
-    return _guarded(body + b"".join((*view.homes, *view.objects)), xxh3_64_intdigest(key))
+    return _guarded(body + b"".join((*view.homes, view.objects)), xxh3_64_intdigest(key))
 
 
 def decode_view(record: Buffer, key: bytes) -> ViewRecord:
@@ -566,8 +567,14 @@ def decode_view(record: Buffer, key: bytes) -> ViewRecord:
     digests = bytes(body[_VIEW.size :])
     if len(digests) != (homes + objects) * DIGEST_BYTES:
         raise StoreDamagedError(f"{what} record has a ragged length")
-    split = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
-    return ViewRecord(digest, created_ns, tuple(split[:homes]), tuple(split[homes:]))
+    objects_at = homes * DIGEST_BYTES
+    split = tuple(split_digests(digests[:objects_at]))
+    return ViewRecord(digest, created_ns, split, digests[objects_at:])
+
+
+def split_digests(packed: bytes) -> Iterator[bytes]:
+    """The digests, or SHA-256, that were packed one behind the other."""
+    return (packed[at : at + DIGEST_BYTES] for at in range(0, len(packed), DIGEST_BYTES))
 
 
 def draft_key(session: bytes, sequence: int) -> bytes:

@@ -30,6 +30,7 @@ from dedupstore.erofs.tree import (
     Special,
 )
 from dedupstore.errors import NotShareableError
+from dedupstore.format import split_digests
 
 TREE, DATA = b"tree", b"data"
 # Every home is a device and a mount of its own, so only a few, and only those that are worth it.
@@ -46,20 +47,20 @@ _OBJECT = Attributes(0o444)
 @dataclass(frozen=True, slots=True)
 class Home:
     """A view that others may take objects from: its digest, its image's, and its objects' SHA-256
-    by number."""
+    by number, packed."""
 
     view: bytes
     image: bytes
-    objects: Sequence[bytes]
+    objects: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """A view's tree, the homes it needs, and the SHA-256 of its own objects by number."""
+    """A view's tree, the homes it needs, and the SHA-256 of its own objects by number, packed."""
 
     root: Directory
     homes: tuple[Home, ...]
-    objects: tuple[bytes, ...]
+    objects: bytes
 
 
 Fingerprints = Mapping[int, bytes]
@@ -108,7 +109,7 @@ def pool(
     places: dict[bytes, bytes] = {}
     for home in reversed(homes):
         prefix = object_id(home.image)
-        for number, content in enumerate(home.objects):
+        for number, content in enumerate(split_digests(home.objects)):
             places[content] = b"/%s/%x" % (prefix, number)
     own = object_id(image)
     objects: list[bytes] = []
@@ -125,7 +126,7 @@ def pool(
         tree.entries[object_id(image_of)] = Special(Attributes(0), stat.S_IFCHR)
     data = Directory(_FOLDER, {own: folder} if folder.entries else {})
     view = Directory(_FOLDER, {TREE: tree, DATA: data})
-    return Pooled(view, tuple(homes), tuple(objects))
+    return Pooled(view, tuple(homes), b"".join(objects))
 
 
 def _choose(
@@ -134,13 +135,13 @@ def _choose(
     """The candidates from which most bytes come, in their order."""
     first: dict[bytes, int] = {}
     for index, home in enumerate(candidates):
-        for fingerprint in home.objects:
+        for fingerprint in split_digests(home.objects):
             first.setdefault(fingerprint, index)
     gained: Counter[int] = Counter()
     for file in walk_files(root):
         index_of = first.pop(fingerprints.get(id(file), b""), None)
         if index_of is not None:
-            gained[index_of] += sum(length for _, length in file.extents)
+            gained[index_of] += file.data_bytes
     taken = {object_id(image), *root.entries}
     chosen: list[int] = []
     for index, size in gained.most_common():

@@ -153,8 +153,8 @@ class _Derivation:
     def pool(self) -> None:
         """Store the tree and the objects that no home has."""
         require_poolable(self._root, self._image)
-        files = [file for file in walk_files(self._root) if _is_object(file)]
-        all_bytes = 2 * sum(length for file in files for _, length in file.extents)
+        files = [f for f in walk_files(self._root) if is_fingerprinted(f.size, f.data_bytes)]
+        all_bytes = 2 * sum(file.data_bytes for file in files)
         fingerprints = self._fingerprint(files, all_bytes)
         for _ in range(_ATTEMPTS):
             pooled = pool(self._root, self._image, fingerprints, self._candidates())
@@ -171,7 +171,7 @@ class _Derivation:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             for file, digest in zip(files, threads.map(_fingerprint, files), strict=True):
                 found[id(file)] = digest
-                self._on_progress(sum(length for _, length in file.extents), all_bytes)
+                self._on_progress(file.data_bytes, all_bytes)
         return found
 
     def _candidates(self) -> list[Home]:
@@ -215,10 +215,6 @@ class _Derivation:
             publish,
             lambda done: self._on_progress(done, all_bytes),
         )
-
-
-def _is_object(file: RegularFile) -> bool:
-    return is_fingerprinted(file.size, sum(length for _, length in file.extents))
 
 
 def _source_cuts(placed: PlacedFile) -> Iterator[int]:

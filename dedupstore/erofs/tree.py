@@ -82,6 +82,11 @@ class RegularFile:
     extents: tuple[Extent, ...] = ()
     content: Content = NO_CONTENT
 
+    @property
+    def data_bytes(self) -> int:
+        """What of `size` is data."""
+        return sum(length for _, length in self.extents)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Symlink:

@@ -24,7 +24,6 @@ from dedupstore.erofs.inodes import (
     KINDS_WITH_CONTENTS,
     KINDS_WITHOUT_CONTENTS,
     TOO_MANY_INODES,
-    WINDOW_GAP_BYTES,
     chunk_addresses,
     metabox_space,
     placement,
@@ -34,8 +33,6 @@ from dedupstore.erofs.metadata import Budget, ReadAt, Space
 from dedupstore.erofs.ranges import Range, clipped, partition
 from dedupstore.erofs.superblock import METABOX_NID_FLAG, Superblock, read_superblock
 from dedupstore.errors import ErofsError
-
-__all__ = ["INODE_SLOT_BYTES", "RANGES_MIN", "WINDOW_GAP_BYTES", "file_extents"]  # and the bounds
 
 RANGES_MIN = 1 << 16  # collected ranges that are worth compacting
 

@@ -98,13 +98,14 @@ def attachments(runtime: Runtime, roots: Roots) -> list[Attachment]:
 def find(runtime: Runtime, digest: str, share: str | None, roots: Roots) -> Attachment | None:
     """The attachment of an export that works, if there is one.
 
-    With `share` only one that is mounted in that way, or not yet: how an EROFS shares is settled
-    when it is mounted.
+    With `share` only one that is mounted in that way, or not yet, and then the record says so: how
+    an EROFS shares is settled when it is mounted.
     """
     for attachment in attachments(runtime, roots):
         record = attachment.record
         suits = share in (None, record.share) or not kernel.is_mounted(attachment.anchor)
         if record.digest == digest and suits and attachment.responds():
+            record.share = share or record.share
             return attachment
     return None
 
@@ -122,9 +123,7 @@ def ensure(
     socket = ensure_server(runtime, target.store, export)
     found = find(runtime, export.digest, target.share if mounting else None, roots)
     if found is not None:
-        if mounting:
-            found.record.share = target.share
-            found.save()
+        found.save()
         return found
     _drop_dead(runtime, export.digest, roots)
     made = _new(runtime, target, export, socket, roots)

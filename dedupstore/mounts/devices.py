@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -78,23 +78,20 @@ def load_nbd(roots: Roots) -> None:
 def free_nbd(roots: Roots) -> Path | None:
     """The first nbd device that nobody has; None also without nbd-client: nbdfuse then does as
     well."""
-    return next(iter(free_nbds(roots)), None)
+    return next(free_nbds(roots), None)
 
 
-def free_nbds(roots: Roots) -> list[Path]:
+def free_nbds(roots: Roots) -> Iterator[Path]:
     """The nbd devices that nobody has: no process behind them, no size, and a node."""
     try:
         find_program("nbd-client", "nbd-client")
     except ProgramError:
-        return []
+        return
     found = [path for path in (roots.sys / "block").glob("nbd*") if path.name[3:].isdigit()]
-    return [
-        roots.dev / block.name
-        for block in sorted(found, key=lambda path: int(path.name[3:]))
-        if not (block / "pid").exists()
-        and _sectors(block) == 0
-        and (roots.dev / block.name).exists()
-    ]
+    for block in sorted(found, key=lambda path: int(path.name[3:])):
+        node = roots.dev / block.name
+        if not (block / "pid").exists() and _sectors(block) == 0 and node.exists():
+            yield node
 
 
 def nbd_is_ours(device: Path, socket: Path, export: str, roots: Roots) -> bool:

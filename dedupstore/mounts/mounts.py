@@ -297,9 +297,8 @@ class Host:
         for export in exports:
             attachment = attachments.find(runtime, export.digest, share, self.roots)
             if attachment is None:
-                device = free.pop(0) if free else None
                 attachment, commands = attachments.plan(
-                    runtime, target, export, socket or runtime.socket, device, self.roots
+                    runtime, target, export, socket or runtime.socket, next(free, None), self.roots
                 )
                 lines += commands
             planned.append(attachment)

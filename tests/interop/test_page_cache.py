@@ -16,11 +16,10 @@ import pytest
 from dedupstore.mounts import sharing
 from tests.interop.rig import StoreDirectory, require_nbdkit
 from tests.programs import require_program, require_root, unavailable
-from tests.vm.rig import debian_roots
+from tests.vm.rig import debian_roots, new_bytes
 from tools.guests import inside
 
 MB = 10**6
-PAGE = 4096
 ROUNDS = 3
 # Directories and metadata of a container: see tests/vm/test_sharing.py.
 OVERHEAD_BYTES = int(4.5 * MB)
@@ -89,16 +88,6 @@ def _round(store: StoreDirectory, directory: Path, mode: str) -> list[int]:
             if os.path.ismount(point):
                 store.do("umount", point)
     return grown
-
-
-def new_bytes() -> int:
-    """Pages of the contents that derived has and base has not, each once."""
-    contents = []
-    for name in ("base", "derived"):
-        files = inside.inventory(str(debian_roots() / name))
-        contents.append({f["sha256"]: -(-f["size"] // PAGE) for f in files if f["type"] == "-"})
-    base, derived = contents
-    return sum(pages for digest, pages in derived.items() if digest not in base) * PAGE
 
 
 def test_second_container_costs_what_is_new(costs: Callable[[str], list[int]]) -> None:

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dedupstore.erofs import file_extents, is_erofs
+from dedupstore.erofs.inodes import INODE_SLOT_BYTES, WINDOW_GAP_BYTES
 from dedupstore.erofs.metadata import BUDGET_BYTES_MIN, BUDGET_PER_IMAGE_BYTE
 from dedupstore.erofs.ranges import partition
 from dedupstore.erofs.superblock import BLOCK_BITS_MAX
-from dedupstore.erofs.walk import INODE_SLOT_BYTES, WINDOW_GAP_BYTES
 from dedupstore.errors import ErofsError
 from tests.programs import program_path, require_program
 
@@ -161,15 +161,20 @@ def test_truncated_image(sound: Sound, place: int) -> None:
     check(sound.image[: place % len(sound.image)])
 
 
+def spliced(image: bytes, metadata: tuple[int, ...], splices: list[tuple[int, int, int]]) -> bytes:
+    """The image with pieces of its metadata copied over others: (from, to, length) each."""
+    damaged = bytearray(image)
+    for from_place, to_place, length in splices:
+        source = metadata[from_place % len(metadata)] & -INODE_SLOT_BYTES
+        target = metadata[to_place % len(metadata)] & -INODE_SLOT_BYTES
+        damaged[target : target + length] = image[source : source + length]
+    return bytes(damaged[: len(image)])
+
+
 @unhurried
 @given(splices=st.lists(st.tuples(places, places, st.integers(1, 300)), max_size=4))
 def test_metadata_spliced_elsewhere(sound: Sound, splices: list[tuple[int, int, int]]) -> None:
-    image = bytearray(sound.image)
-    for from_place, to_place, length in splices:
-        source = sound.metadata[from_place % len(sound.metadata)] & -INODE_SLOT_BYTES
-        target = sound.metadata[to_place % len(sound.metadata)] & -INODE_SLOT_BYTES
-        image[target : target + length] = sound.image[source : source + length]
-    check(bytes(image[: len(sound.image)]))
+    check(spliced(sound.image, sound.metadata, splices))
 
 
 @given(

@@ -25,7 +25,7 @@ from dedupstore.erofs.tree import Directory, Node, RegularFile, Symlink
 from dedupstore.erofs.xattrs import PREFIXES_BYTES_MAX
 from dedupstore.errors import ErofsError
 from tests.programs import erofs_programs, unavailable
-from tests.property.test_erofs_arbitrary_bytes import CountingReader
+from tests.property.test_erofs_arbitrary_bytes import CountingReader, spliced
 
 OPTIONS = {
     "default": (),
@@ -221,9 +221,4 @@ def test_truncated_image(sound: Sound, place: int) -> None:
 @unhurried
 @given(splices=st.lists(st.tuples(places, places, st.integers(1, 300)), max_size=4))
 def test_metadata_spliced_elsewhere(sound: Sound, splices: list[tuple[int, int, int]]) -> None:
-    image = bytearray(sound.image)
-    for from_place, to_place, length in splices:
-        source = sound.metadata[from_place % len(sound.metadata)] & -INODE_SLOT_BYTES
-        target = sound.metadata[to_place % len(sound.metadata)] & -INODE_SLOT_BYTES
-        image[target : target + length] = sound.image[source : source + length]
-    check(bytes(image[: len(sound.image)]))
+    check(spliced(sound.image, sound.metadata, splices))

@@ -3,6 +3,7 @@ may be killed and started again on the same socket."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ from typing import TypeVar
 from dedupstore.server import ServerOptions, server_command
 from tests.interop.rig import read_metrics, takes_connections, wait_until
 from tests.programs import require_root, unavailable
+from tools.guests import inside
 
 Result = TypeVar("Result")
 
@@ -64,6 +66,21 @@ def debian_roots() -> Path:
     if not found:
         unavailable("no DEDUPSTORE_ROOTS (tools/test sets it; see tools/fetch-roots)")
     return Path(found)
+
+
+def new_bytes() -> int:
+    """Pages of the contents that derived has and base has not, each once."""
+    base, derived = (_contents(debian_roots() / name) for name in ("base", "derived"))
+    return sum(pages for digest, pages in derived.items() if digest not in base)
+
+
+def _contents(tree: Path) -> dict[str, int]:
+    """SHA-256 of every content of a tree, with the bytes of its pages."""
+    return {
+        entry["sha256"]: -(-entry["size"] // mmap.PAGESIZE) * mmap.PAGESIZE
+        for entry in inside.inventory(str(tree))
+        if entry["type"] == "-"
+    }
 
 
 def at_once(work: Callable[[str], Result], suites: Iterable[str]) -> dict[str, Result]:

@@ -20,13 +20,13 @@ import pytest
 from dedupstore.erofs.writer import scan_directory, write_image
 from dedupstore.store import Store
 from tests.conftest import silent
+from tests.vm import rig
 from tests.vm.rig import Service, at_once, debian_roots
 from tools.guests import inside
 from tools.guests.guest import Guest, GuestError
-from tools.guests.sharing import SOCKET, Containers, Cost
+from tools.guests.sharing import SOCKET, Containers, Cost, best_share
 
 MB = 10**6
-PAGE = 4096
 FIRST, SECOND, THIRD = "/mnt/1", "/mnt/2", "/mnt/3"
 # What a container may take beyond the contents that are new: its directories and metadata, in page
 # cache and over NBD.
@@ -38,11 +38,7 @@ PART = "usr/bin"
 @pytest.fixture(scope="session")
 def best(guest: Guest) -> str:
     """How this kernel shares."""
-    return best_of(guest)
-
-
-def best_of(guest: Guest) -> str:
-    return "kernel" if int(guest.release.split(".")[0]) >= 7 else "pool"
+    return best_share(guest)
 
 
 @pytest.fixture
@@ -99,7 +95,7 @@ def every_measured(
 
 def measure(guest: Guest, containers: Containers, many: list[str]) -> Measured:
     """Base first; whatever comes then shares with it, and it stays to the end."""
-    best = best_of(guest)
+    best = best_share(guest)
     found = Measured()
     costs = found.costs
     guest.python(inside.drop_caches)
@@ -152,18 +148,8 @@ def _no_devices(directory: str, names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def new_bytes() -> int:
-    """Pages of the contents that derived has and base has not, each once."""
-    base, derived = (contents(debian_roots() / name) for name in ("base", "derived"))
-    return sum(pages for digest, pages in derived.items() if digest not in base)
-
-
-def contents(tree: Path) -> dict[str, int]:
-    """SHA-256 of every content of a tree, with the bytes of its pages."""
-    return {
-        entry["sha256"]: -(-entry["size"] // PAGE) * PAGE
-        for entry in inside.inventory(str(tree))
-        if entry["type"] == "-"
-    }
+    """What derived has and base has not."""
+    return rig.new_bytes()
 
 
 # --- what it costs ---

@@ -28,7 +28,7 @@ from dedupstore.store import Store
 from tools.guests import cache, inside, sharing
 from tools.guests.content import checkout_files
 from tools.guests.guest import Guest, GuestError
-from tools.guests.sharing import Containers, Cost
+from tools.guests.sharing import Containers, Cost, best_share
 
 _START_SECONDS = 30
 _HEAD = (
@@ -86,7 +86,7 @@ def _measure(store: Store, suite: str, roots: Path, work: Path) -> Iterator[tupl
     ):
         containers = Containers(guest, store, store_reads)
         release = ".".join(guest.release.split(".")[:2])
-        best = "kernel" if int(release.split(".")[0]) >= 7 else "pool"
+        best = best_share(guest)
         for share in ("none", best):
             _say(f"Linux {release}, {share}")
             guest.python(inside.drop_caches)

@@ -30,6 +30,11 @@ SOCKET = f"{STORE}/{SERVE_SOCKET}"
 _SECONDS = 300.0
 
 
+def best_share(guest: Guest) -> str:
+    """How the guest's kernel shares between different images."""
+    return "kernel" if int(guest.release.split(".")[0]) >= 7 else "pool"
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What mounting and reading a container took of a guest and of this machine's server: bytes of
