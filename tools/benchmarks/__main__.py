@@ -8,12 +8,22 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from tools.benchmarks import corpus, ingest, reads
-from tools.benchmarks.report import Report
+from tools.benchmarks import corpus, serving, storing
+from tools.benchmarks.report import Bench, Report
 
-SUITES = {"space": ingest.space, "ingest": ingest.ingest, "reads": reads.warm, "clone": reads.clone}
+SUITES: dict[str, Callable[[Bench], None]] = {
+    "space": storing.space,
+    "import": storing.ingest,
+    "known": storing.known,
+    "export": storing.export,
+    "warm": serving.warm,
+}
 
 
 def main() -> int:
@@ -30,14 +40,38 @@ def main() -> int:
         parser.error(f"no suite {', '.join(unknown)} (there are {', '.join(SUITES)})")
     images = corpus.images(options.corpus)
     report = Report()
-    with tempfile.TemporaryDirectory(prefix="dedupbench-", dir=options.corpus) as work:
-        for suite in options.suites or SUITES:
-            SUITES[suite](images, Path(work), options.rounds, report)
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}")
-    report.print()
+    for suite in options.suites or SUITES:
+        report.suite = suite
+        with tempfile.TemporaryDirectory(prefix="dedupbench-", dir=options.corpus) as work:
+            SUITES[suite](Bench(images, Path(work), options.rounds, report))
+    machine = _machine()
+    print(f"\n{', '.join(machine.values())}")
+    print("\n".join(report.lines()))
     if options.json:
-        options.json.write_text(json.dumps(report.raw, indent=2))
+        options.json.write_text(json.dumps(_document(machine, report), indent=2) + "\n")
     return 0
+
+
+def _document(machine: dict[str, str], report: Report) -> dict[str, Any]:
+    return {
+        "machine": machine,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": [asdict(row) for row in report.rows],
+        "raw": report.raw,
+        "curves": [asdict(curve) for curve in report.curves],
+    }
+
+
+def _machine() -> dict[str, str]:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    return {
+        "cpu": f"{model} ({platform.machine()}), {os.cpu_count()} cores",
+        "memory": f"{memory:.0f} GiB",
+        "kernel": f"Linux {platform.release()}",
+        "python": f"Python {platform.python_version()}",
+    }
 
 
 if __name__ == "__main__":
