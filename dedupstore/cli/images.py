@@ -1,10 +1,8 @@
-"""Commands about images: init, import, clone, rename, rm, ls, info, export, diff."""
+"""Commands about a store's images by name: init, clone, rename, rm, ls, info, diff."""
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 import click
 
@@ -15,12 +13,8 @@ from dedupstore.cli.output import (
     print_json,
     print_pairs,
     print_table,
-    progress,
 )
-from dedupstore.errors import UsageError
-from dedupstore.export import export_image
-from dedupstore.ingest import Imported
-from dedupstore.store import STANDARD_INPUT, ImageInfo, Store
+from dedupstore.store import ImageInfo, Store
 
 
 @click.command()
@@ -29,50 +23,6 @@ def init(context: Context) -> None:
     """Create a store. Refuses to touch one that is there."""
     Store.create(context.path).close()
     click.echo(f"created {context.path}")
-
-
-@click.command("import")
-@click.argument("source")
-@click.argument("name", required=False)
-@json_option
-@pass_context
-def import_(context: Context, source: str, name: str | None, as_json: bool) -> None:
-    """Import SOURCE as image NAME (default: SOURCE's name without its suffix).
-
-    SOURCE is an EROFS or any raw image file, a block device, a directory or tar archive (built into
-    an EROFS image), or - for standard input.
-    """
-    if source == STANDARD_INPUT and name is None:
-        raise UsageError("import from standard input: give the image a name")
-    with context.open() as store, progress(f"import {source}") as on_progress:
-        if source == STANDARD_INPUT:
-            assert name is not None
-            imported = store.import_stream(sys.stdin.buffer, name, on_progress)
-        else:
-            name, imported = store.import_path(Path(source), name, on_progress)
-    _show_import(name, imported, as_json=as_json)
-
-
-def _show_import(name: str, imported: Imported, *, as_json: bool) -> None:
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "digest": imported.digest.hex(),
-                "size": imported.size,
-                "chunks": imported.chunks,
-                "unique_bytes": imported.unique_bytes,
-                "zero_bytes": imported.zero_bytes,
-                "new_chunks": imported.new_chunks,
-                "new_bytes": imported.new_bytes,
-                "stored_bytes": imported.stored_bytes,
-            }
-        )
-        return
-    click.echo(
-        f"imported {name}: {human_bytes(imported.size)}, of which "
-        f"{human_bytes(imported.new_bytes)} new, stored in {human_bytes(imported.stored_bytes)}"
-    )
 
 
 @click.command()
@@ -160,19 +110,6 @@ def info(context: Context, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
-@click.argument("file")
-@pass_context
-def export(context: Context, name: str, file: str) -> None:
-    """Write image NAME back to FILE, byte for byte; - is standard output."""
-    with context.open() as store, progress(f"export {name}") as on_progress:
-        if file == "-":
-            export_image(store, name, None, on_progress)
-        else:
-            export_image(store, name, Path(file), on_progress)
-
-
-@click.command()
 @click.argument("a")
 @click.argument("b")
 @json_option
@@ -195,4 +132,4 @@ def diff(context: Context, a: str, b: str, as_json: bool) -> None:
     )
 
 
-COMMANDS = (init, import_, clone, rename, rm, ls, info, export, diff)
+COMMANDS = (init, clone, rename, rm, ls, info, diff)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,15 +11,49 @@ from typing import Any
 import click
 
 from dedupstore import __version__
-from dedupstore.cli import images, maintenance, mounting, serving
 from dedupstore.cli.context import Context
 from dedupstore.cli.guard import run_guarded
 from dedupstore.errors import DedupError, InterruptedByUserError
 from dedupstore.location import default_store
 
+# Which module of this package defines a command. Only the module that is needed is loaded: all of
+# them take longer than most commands do.
+_MODULES = {
+    "attach": "mounting",
+    "check": "maintenance",
+    "clone": "images",
+    "detach": "mounting",
+    "diff": "images",
+    "export": "transfers",
+    "gc": "maintenance",
+    "import": "transfers",
+    "info": "images",
+    "init": "images",
+    "ls": "images",
+    "mount": "mounting",
+    "rename": "images",
+    "rm": "images",
+    "serve": "serving",
+    "stats": "maintenance",
+    "umount": "mounting",
+}
+
 
 class _Commands(click.Group):
-    """The group; an interrupt leaves it as one of our failures, before click prints about it."""
+    """The group. Commands are loaded when they are asked for; an interrupt leaves it as one of our
+    failures, before click prints about it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Every command's name, in order."""
+        return sorted(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of a name, None if there is none."""
+        if cmd_name not in _MODULES:
+            return None
+        module = importlib.import_module(f"dedupstore.cli.{_MODULES[cmd_name]}")
+        commands: tuple[click.Command, ...] = module.COMMANDS
+        return next(command for command in commands if command.name == cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -41,10 +76,6 @@ class _Commands(click.Group):
 def cli(context: click.Context, store: Path | None) -> None:
     """Deduplicating store for disk images, served as block devices that share one cache."""
     context.obj = Context((store or default_store(os.environ, os.getuid())).absolute())
-
-
-for _command in (*images.COMMANDS, *maintenance.COMMANDS, *serving.COMMANDS, *mounting.COMMANDS):
-    cli.add_command(_command)
 
 
 def _run(arguments: list[str] | None) -> int:

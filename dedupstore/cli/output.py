@@ -10,7 +10,6 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -64,14 +63,12 @@ def print_pairs(pairs: dict[str, str]) -> None:
 def progress(what: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, nothing otherwise. Yields a callback that takes (advance,
     total)."""
-    with tqdm(
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        disable=None if sys.stderr.isatty() else True,
-        file=sys.stderr,
-        leave=False,
-    ) as bar:
+    if not sys.stderr.isatty():
+        yield lambda _step, _total: None
+        return
+    from tqdm import tqdm  # noqa: PLC0415 - 30 ms, for a terminal only
+
+    with tqdm(desc=what, unit=unit, unit_scale=True, file=sys.stderr, leave=False) as bar:
 
         def advance(step: int, total: int) -> None:
             bar.total = total
