@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import lmdb
 
@@ -21,6 +23,9 @@ from dedupstore.errors import (
     StoreDamagedError,
     UsageError,
 )
+
+_ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".txz", ".tbz2", ".tzst")
+_IMAGE_SUFFIXES = (".erofs", ".img", ".raw", ".iso", ".ext4", ".squashfs")
 
 
 def encode_name(name: str) -> bytes:
@@ -42,6 +47,18 @@ def encode_name(name: str) -> bytes:
     if any(c in "*?[]\\" or unicodedata.category(c).startswith("C") for c in name):
         raise UsageError(f"image name {name!r}: has a control, glob or backslash character")
     return key
+
+
+def default_name(path: Path) -> str:
+    """An image name for a source: its file name without archive and image suffixes."""
+    name = path.resolve().name if path.name in ("", ".", "..") else path.name
+    for suffixes in (_ARCHIVE_SUFFIXES, _ARCHIVE_SUFFIXES, _IMAGE_SUFFIXES):
+        stem, _, suffix = name.rpartition(".")
+        if stem and f".{suffix.lower()}" in suffixes:
+            name = stem
+    if not name:
+        raise UsageError(f"{path}: give the image a name")
+    return name
 
 
 def decode_name(key: bytes | memoryview) -> str:
@@ -69,6 +86,18 @@ def list_images(txn: lmdb.Transaction, env: Environment) -> Iterator[tuple[str, 
     for key, record in txn.cursor(db=env.images):
         name = bytes(key)
         yield decode_name(name), fmt.decode_image(record, name)
+
+
+def list_names(txn: lmdb.Transaction, env: Environment, prefix: str = "") -> Iterator[str]:
+    """The names that begin with `prefix`, in the order of their bytes."""
+    start = prefix.encode(errors="surrogatepass")  # no name begins with a surrogate
+    cursor = txn.cursor(db=env.images)
+    if len(start) <= IMAGE_NAME_BYTES_MAX and cursor.set_range(start):
+        for key in cursor.iternext(values=False):
+            name = bytes(key)
+            if not name.startswith(start):
+                return
+            yield decode_name(name)
 
 
 def add_image(txn: lmdb.Transaction, env: Environment, name: str, image: fmt.ImageRecord) -> None:
@@ -103,6 +132,14 @@ def read_summary(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt.
     return fmt.decode_manifest_summary(manifest_record(txn, env, digest), digest)
 
 
+def note_feature(txn: lmdb.Transaction, env: Environment, compatible: int) -> None:
+    """Say in the superblock that the store has what a compatible feature flag stands for."""
+    superblock = fmt.decode_superblock(txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b"")
+    if not superblock.features_compat & compatible:
+        superblock = replace(superblock, features_compat=superblock.features_compat | compatible)
+        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+
+
 # --- views ---
 
 
@@ -130,11 +167,7 @@ def put_view(
     """Record a view, instead of one of the same kind, and that the store has views."""
     key = fmt.view_key(image, kind)
     txn.put(key, fmt.encode_view(view, key), db=env.meta)
-    superblock = fmt.decode_superblock(txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b"")
-    if not superblock.features_compat & fmt.FEATURE_COMPAT_VIEWS:
-        features = superblock.features_compat | fmt.FEATURE_COMPAT_VIEWS
-        superblock = replace(superblock, features_compat=features)
-        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+    note_feature(txn, env, fmt.FEATURE_COMPAT_VIEWS)
 
 
 def list_views(
@@ -148,6 +181,16 @@ def list_views(
                 yield *named, fmt.decode_view(record, bytes(key))
             except StoreDamagedError as error:
                 yield *named, error
+
+
+def view_digests(txn: lmdb.Transaction, env: Environment, image: bytes) -> Iterator[bytes]:
+    """The digests of an image's views, complete or not; damaged ones are passed over."""
+    for kind in (fmt.VIEW_KERNEL, fmt.VIEW_POOL):
+        key = fmt.view_key(image, kind)
+        record = txn.get(key, db=env.meta)
+        if record is not None:
+            with suppress(StoreDamagedError):
+                yield fmt.decode_view(record, key).digest
 
 
 def split_views(

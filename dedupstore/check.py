@@ -19,7 +19,7 @@ from pathlib import Path
 import lmdb
 from blake3 import blake3
 
-from dedupstore import catalog
+from dedupstore import catalog, origins
 from dedupstore import format as fmt
 from dedupstore.env import DATA_FILE, Environment
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError
@@ -395,6 +395,9 @@ class _Check:
                 txn.delete(key, db=env.meta)
             if self._index_wrong:
                 self._rebuild_index(txn)
+            if self.findings:
+                # The next import of a file has to read it, to store anew what is damaged here.
+                origins.forget(txn, env)
             try:
                 frame_next = read_totals(txn, env).frame_next
             except StoreDamagedError:

@@ -37,6 +37,9 @@ FEATURES_READONLY_COMPAT_KNOWN = 0
 # Set with the first view record. Compatible: a release without views reclaims them like any image
 # that lost its name, and leaves records that lead nowhere, which count as none.
 FEATURE_COMPAT_VIEWS = 1
+# Set with the first origin record. Compatible: a release without origins leaves the records alone,
+# and one whose manifest is gone counts as none.
+FEATURE_COMPAT_ORIGINS = 2
 
 DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
@@ -64,6 +67,8 @@ _SLOT = struct.Struct("<32sI")
 _INDEX = struct.Struct("<QI")
 _IMAGE = struct.Struct("<32sQQB")
 _VIEW = struct.Struct("<32sQII")
+_ORIGIN_KEY = struct.Struct("<6sQQ")
+_ORIGIN = struct.Struct("<QqqB32s")
 _MANIFEST = struct.Struct("<QHHIQQQQ")
 _FRAME_KEY = struct.Struct(">Q")
 _DRAFT_KEY = struct.Struct(">16sI")
@@ -75,6 +80,8 @@ assert _SLOT.size == 36
 assert _INDEX.size == 12
 assert _IMAGE.size == 49
 assert _VIEW.size == 48
+assert _ORIGIN_KEY.size == 22
+assert _ORIGIN.size == 57
 assert _MANIFEST.size == 48
 assert array("Q").itemsize == 8
 assert sys.byteorder == "little"  # arrays are written as they are in memory
@@ -575,6 +582,60 @@ def decode_view(record: Buffer, key: bytes) -> ViewRecord:
 def split_digests(packed: bytes) -> Iterator[bytes]:
     """The digests, or SHA-256, that were packed one behind the other."""
     return (packed[at : at + DIGEST_BYTES] for at in range(0, len(packed), DIGEST_BYTES))
+
+
+# --- origins ---
+
+_ORIGIN_KEY_PREFIX = b"origin"
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells an unchanged file from a changed one. Times in nanoseconds since 1970."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class OriginRecord:
+    """A file, as it was when it was imported, and the image it held: digest and kind (KIND_*)."""
+
+    file: FileState
+    digest: bytes
+    kind: int
+
+
+def origin_key(file: FileState) -> bytes:
+    """Key of database `meta`: the origin record of a file."""
+    return _ORIGIN_KEY.pack(_ORIGIN_KEY_PREFIX, file.device, file.inode)
+
+
+def is_origin_key(key: Buffer) -> bool:
+    """Whether a key of database `meta` is an origin record's."""
+    return len(key) == _ORIGIN_KEY.size and bytes(key[:6]) == _ORIGIN_KEY_PREFIX
+
+
+def encode_origin(origin: OriginRecord) -> bytes:
+    """Value of an origin's key."""
+    file = origin.file
+    body = _ORIGIN.pack(file.size, file.mtime_ns, file.ctime_ns, origin.kind, origin.digest)
+    return _guarded(body, xxh3_64_intdigest(origin_key(file)))
+
+
+def decode_origin(record: Buffer, key: bytes) -> OriginRecord:
+    """Return the record of an origin's key."""
+    body = _unguarded(record, "origin", xxh3_64_intdigest(key))
+    size, mtime_ns, ctime_ns, kind, digest = _unpack(_ORIGIN, body, "origin")
+    _, device, inode = _ORIGIN_KEY.unpack(key)
+    file = FileState(device, inode, size, mtime_ns, ctime_ns)  # type: ignore[arg-type]
+    return OriginRecord(file, digest, kind)  # type: ignore[arg-type]
+
+
+# --- drafts ---
 
 
 def draft_key(session: bytes, sequence: int) -> bytes:

@@ -3,6 +3,7 @@
 Mark and sweep over packed references. Marking reads a snapshot and blocks nobody. Sweeping runs in
 write transactions of bounded length; each of them first marks whatever became a root since (all
 roots are committed in write transactions or held as leases, so none can be missed), then deletes.
+When nobody else has committed since the one before, there is nothing to look for.
 Returns typed results, prints nothing. One gc at a time is useful; several at once are safe.
 
 Partly needed frames are rewritten without their dead chunks; the others keep their slots, so no
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog
+from dedupstore import catalog, origins
 from dedupstore import format as fmt
 from dedupstore.constants import GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
@@ -79,6 +80,7 @@ class Collector:
         self._store = store
         self._marks = _Marks()
         self._codecs = Codecs()
+        self._committed = -1  # our last write transaction
         self._manifests = self._drafts = self._chunks = 0
         self._removed = self._rewritten = self._bytes = 0
 
@@ -88,13 +90,7 @@ class Collector:
         """Collect. `on_progress` gets (frames done, frames to do)."""
         with self._env.read() as txn, Reclaim(self._store) as reclaim:
             self._mark_roots(txn, reclaim)
-            stored = self._stored_slots(txn)
-        live = self._marks.live
-        dead = {
-            frame: mask
-            for frame, mask in stored.items()
-            if mask & ~live.get(frame, 0) or not (mask or live.get(frame, 0))
-        }
+            dead = self._dead_slots(txn)
         if dry_run:
             self._estimate(dead)
         else:
@@ -142,15 +138,20 @@ class Collector:
                 marks.drafts.add(draft)
         return abandoned
 
-    def _stored_slots(self, txn: lmdb.Transaction) -> dict[int, int]:
-        """Frame number -> bit mask of the slots that the index knows; 0 when it knows none."""
-        keys = txn.cursor(db=self._env.frames).iternext(values=False)
-        stored = {fmt.decode_frame_key(key): 0 for key in keys}
+    def _dead_slots(self, txn: lmdb.Transaction) -> dict[int, int]:
+        """Frame number -> bit mask of the slots that the index knows and that are not marked, for
+        every frame that has one, or that has no marked slot at all."""
+        # The index comes in no order of frames: a mask kept for each would be a cache miss and an
+        # allocation per chunk. The marks are looked up, and only what is dead is kept.
+        marked = self._marks.live.get
+        frames = map(fmt.decode_frame_key, txn.cursor(db=self._env.frames).iternext(values=False))
+        dead = {frame: 0 for frame in frames if not marked(frame)}
         for digest, value in txn.cursor(db=self._env.chunks):
             ref = fmt.decode_index(bytes(digest), value)
-            frame = ref >> fmt.REF_SLOT_BITS
-            stored[frame] = stored.get(frame, 0) | 1 << (ref & fmt.REF_SLOT_MASK)
-        return stored
+            frame, slot = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
+            if not marked(frame, 0) >> slot & 1:
+                dead[frame] = dead.get(frame, 0) | 1 << slot
+        return dead
 
     def _estimate(self, dead: dict[int, int]) -> None:
         """Fill the counters for a dry run without changing anything."""
@@ -162,9 +163,9 @@ class Collector:
                 record = txn.get(fmt.frame_key(frame), db=env.frames)
                 if record is None:
                     continue
-                gone = (mask & ~self._marks.live.get(frame, 0)).bit_count()
-                self._chunks += gone
-                if gone == mask.bit_count():
+                live = self._marks.live.get(frame, 0)
+                self._chunks += (mask & ~live).bit_count()
+                if not live:
                     self._removed += 1
                     self._bytes += len(record)
                 else:
@@ -184,8 +185,8 @@ class Collector:
         """Delete dead frames first, which needs next to no room on a full disk, then rewrite."""
         live = self._marks.live
         self._sweep_batch([])
-        whole = [frame for frame, mask in dead.items() if not mask & live.get(frame, 0)]
-        partly = [frame for frame, mask in dead.items() if mask & live.get(frame, 0)]
+        whole = [frame for frame in sorted(dead) if not live.get(frame)]
+        partly = [frame for frame in sorted(dead) if live.get(frame)]
         done = 0
         for size, frames in ((GC_DELETE_FRAMES, whole), (_REWRITE_FRAMES, partly)):
             for batch in _batches(frames, size):
@@ -198,16 +199,11 @@ class Collector:
         chunks, so that every manifest in the store is complete at every moment."""
         env, live = self._env, self._marks.live
         with Reclaim(self._store) as reclaim, env.write() as txn:
-            unneeded = self._mark_roots(txn, reclaim)
-            for database, keys in (
-                (env.meta, unneeded.views),
-                (env.manifests, unneeded.manifests),
-                (env.drafts, unneeded.drafts),
-            ):
-                for key in keys:
-                    txn.delete(key, db=database)
-            self._manifests += len(unneeded.manifests)
-            self._drafts += len(unneeded.drafts)
+            # Every root then is marked, and a lease can only be taken on one of them: looking at
+            # all names again for each few frames would make gc quadratic.
+            if txn.id() != self._committed + 1:
+                self._delete_roots(txn, self._mark_roots(txn, reclaim))
+            self._committed = txn.id()
             writer = FrameWriter(txn, env)
             for frame in frames:
                 dropped = writer.retain(frame, live.get(frame, 0), self._codecs)
@@ -216,6 +212,20 @@ class Collector:
                 self._removed += dropped.removed
                 self._rewritten += dropped.chunks > 0 and not dropped.removed
             writer.close()
+
+    def _delete_roots(self, txn: lmdb.Transaction, unneeded: _Unneeded) -> None:
+        env = self._env
+        for database, keys in (
+            (env.meta, unneeded.views),
+            (env.manifests, unneeded.manifests),
+            (env.drafts, unneeded.drafts),
+        ):
+            for key in keys:
+                txn.delete(key, db=database)
+        if unneeded.manifests:
+            origins.forget(txn, env, set(unneeded.manifests))
+        self._manifests += len(unneeded.manifests)
+        self._drafts += len(unneeded.drafts)
 
     def _sweep_files(self) -> None:
         """Remove the working directories of imports that no longer run."""

@@ -1,8 +1,8 @@
 """What can be imported, and how: files, devices, directories, archives and streams.
 
 Owns the way from a source to an `Ingest` and the name that the image gets; `ingest` owns the import
-itself. Directories and archives are laid out as EROFS images on the way, in one pass. An `Importer`
-may be used by several threads.
+itself. Directories and archives are laid out as EROFS images on the way, in one pass (`trees`). An
+`Importer` may be used by several threads.
 """
 
 from __future__ import annotations
@@ -17,24 +17,20 @@ from typing import BinaryIO
 
 import lmdb
 
-from dedupstore import archives, catalog
+from dedupstore import archives, catalog, origins, trees
 from dedupstore import format as fmt
 from dedupstore.building import BuiltSource
 from dedupstore.chunker import Segment
 from dedupstore.env import Environment
-from dedupstore.erofs.tree import Directory
-from dedupstore.erofs.writer import plan_image, scan_directory, scan_tar
-from dedupstore.errors import ImageExistsError, SourceError, UsageError
-from dedupstore.ingest import Imported, Ingest, plan
+from dedupstore.errors import ImageExistsError
+from dedupstore.imported import Imported
+from dedupstore.ingest import Ingest, plan
 from dedupstore.leases import Leases
 from dedupstore.sources import FileSource, Source, open_source, spool
 from dedupstore.staging import Publish
 
 Progress = Callable[[int, int], None]
 """Gets (bytes done since the last call, bytes in all)."""
-
-_ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".txz", ".tbz2", ".tzst")
-_IMAGE_SUFFIXES = (".erofs", ".img", ".raw", ".iso", ".ext4", ".squashfs")
 
 
 class Importer:
@@ -45,20 +41,14 @@ class Importer:
         self._leases = leases
         self._spool_directory = spool_directory
 
-    def import_path(
-        self, path: Path, name: str | None, on_progress: Progress
-    ) -> tuple[str, Imported]:
-        """Import a file, block device, directory or tar archive; return its name and the result.
-
-        `name` defaults to the source's name without its suffixes.
-        """
-        name = name or default_name(path)
+    def import_path(self, path: Path, name: str, on_progress: Progress) -> Imported:
+        """Import a file, block device, directory or tar archive."""
         self._require_new(name)
         if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for what cannot be looked at
-            return name, self.import_tree(scan_directory(path), str(path), name, on_progress)
+            return self._import_built(trees.from_directory(path), name, on_progress)
         with _opened(open_source(path)) as source:
             is_file = stat.S_ISREG(path.stat().st_mode)
-            return name, self._import_file(source, path if is_file else None, name, on_progress)
+            return self._import_file(source, path if is_file else None, name, on_progress)
 
     def import_stream(self, stream: BinaryIO, name: str, on_progress: Progress) -> Imported:
         """Import a stream, of whatever a file could hold, by way of an unnamed temporary file."""
@@ -87,27 +77,33 @@ class Importer:
         """Import what a file holds; `path` leads to it, None if it can be no archive."""
         opener = archives.find_opener(path) if path is not None else None
         if opener is None:
-            kind, segments = plan(source)
-            return self._ingest(source, segments, self._publish(name, kind), on_progress)
+            return self._import_image(source, name, on_progress)
         if opener is archives.open_plain:
             return self._import_archive(source, name, on_progress)
         assert path is not None
         with opener(path) as stream, _opened(self._spool(stream, source.name)) as unpacked:
             return self._import_archive(unpacked, name, on_progress)
 
-    def _import_archive(self, source: FileSource, name: str, on_progress: Progress) -> Imported:
-        try:
-            root = scan_tar(source.fileno())
-        except SourceError as error:
-            raise SourceError(f"{source.name}: {error}") from None
-        return self.import_tree(root, source.name, name, on_progress)
+    def _import_image(self, source: FileSource, name: str, on_progress: Progress) -> Imported:
+        """Import a file's bytes as they are, and remember the file."""
+        before, began = origins.file_state(os.fstat(source.fileno())), time.time_ns()
+        kind, segments = plan(source)
+        give_name = self._publish(name, kind)
 
-    def import_tree(self, root: Directory, what: str, name: str, on_progress: Progress) -> Imported:
+        def publish(txn: lmdb.Transaction, digest: bytes, manifest: fmt.ManifestRecord) -> None:
+            give_name(txn, digest, manifest)
+            after = origins.file_state(os.fstat(source.fileno()))
+            if before is not None and before == after and origins.is_settled(before, began):
+                origins.remember(txn, self._env, fmt.OriginRecord(before, digest, kind))
+
+        return self._ingest(source, segments, publish, on_progress)
+
+    def _import_archive(self, source: FileSource, name: str, on_progress: Progress) -> Imported:
+        built = trees.from_archive(source.fileno(), source.name)
+        return self._import_built(built, name, on_progress)
+
+    def _import_built(self, source: BuiltSource, name: str, on_progress: Progress) -> Imported:
         """Import a tree as an EROFS image with fingerprints, which is its own kernel view."""
-        try:
-            source = BuiltSource(plan_image(root, fingerprints=True), what)
-        except SourceError as error:
-            raise SourceError(f"{what}: {error}") from None
         publish = self._publish(name, fmt.KIND_EROFS, is_view=True)
         return self._ingest(source, source.segments(), publish, on_progress)
 
@@ -141,15 +137,3 @@ def _opened(source: FileSource) -> Iterator[FileSource]:
         yield source
     finally:
         source.close()
-
-
-def default_name(path: Path) -> str:
-    """An image name for a source: its file name without archive and image suffixes."""
-    name = path.resolve().name if path.name in ("", ".", "..") else path.name
-    for suffixes in (_ARCHIVE_SUFFIXES, _ARCHIVE_SUFFIXES, _IMAGE_SUFFIXES):
-        stem, _, suffix = name.rpartition(".")
-        if stem and f".{suffix.lower()}" in suffixes:
-            name = stem
-    if not name:
-        raise UsageError(f"{path}: give the image a name")
-    return name

@@ -31,6 +31,7 @@ from dedupstore.env import Environment
 from dedupstore.erofs import file_extents, is_erofs
 from dedupstore.errors import ErofsError, SourceError
 from dedupstore.frames import Codecs, FrameBuilder, NewFrame, encode_new, find_chunk
+from dedupstore.imported import Imported
 from dedupstore.leases import Leases, session_byte
 from dedupstore.sources import FileSource, Source
 from dedupstore.staging import Publish, Reused, Staging, provisional_ref
@@ -38,21 +39,6 @@ from dedupstore.staging import Publish, Reused, Staging, provisional_ref
 # Segments that may be hashed ahead of the calling thread, and frames that may wait for compression.
 _SEGMENTS_AHEAD = 6
 _FRAMES_AHEAD = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """What an import did. Bytes; `new_bytes` were not in the store before, `stored_bytes` is what
-    they took in it."""
-
-    digest: bytes
-    size: int
-    chunks: int
-    unique_bytes: int
-    zero_bytes: int
-    new_chunks: int
-    new_bytes: int
-    stored_bytes: int
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """An image as packed arrays: where each byte of it lies.
 
-Owns the in-memory form that reads are served from: two arrays of 8 bytes per run, shared by every
-clone of an image. Pure; immutable after construction, so any number of threads may read it.
+Owns the in-memory form that reads are served from: two arrays of 8 bytes per run, and a run has one
+chunk or more; shared by every clone of an image. Pure; immutable after construction, so any number
+of threads may read it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Manifest:
     def __init__(self, digest: bytes, record: ManifestRecord) -> None:
         self.digest = digest
         self.size = record.size
-        self.starts = array("Q", accumulate(record.lengths, initial=0))
-        self.refs = record.refs
+        # Copies have no room to grow, with which an array made step by step is a sixteenth larger.
+        self.starts = array("Q", accumulate(record.lengths, initial=0))[:]
+        self.refs = record.refs[:]
 
     def run_at(self, offset: int) -> int:
         """Index of the run that holds `offset`, which must be inside the image."""

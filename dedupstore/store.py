@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,7 +19,7 @@ from weakref import WeakValueDictionary
 
 import lmdb
 
-from dedupstore import catalog, gc
+from dedupstore import catalog, origins
 from dedupstore import format as fmt
 from dedupstore.env import DATA_FILE, Environment
 from dedupstore.errors import (
@@ -32,8 +33,9 @@ from dedupstore.leases import Leases, create_lock_file, image_byte
 from dedupstore.manifest import Manifest
 
 if TYPE_CHECKING:
+    from dedupstore import gc
+    from dedupstore.imported import Imported
     from dedupstore.imports import Importer
-    from dedupstore.ingest import Imported
 
 TEMPORARY_DIRECTORY = "tmp"
 STANDARD_INPUT = "-"
@@ -158,10 +160,15 @@ class Store:
 
     # --- images by name ---
 
-    def names(self) -> list[str]:
-        """Every image's name, in order."""
+    def names(self, prefix: str = "") -> list[str]:
+        """The names of all images, or of those that begin with `prefix`, in order."""
         with self.env.read() as txn:
-            return [name for name, _ in catalog.list_images(txn, self.env)]
+            return list(catalog.list_names(txn, self.env, prefix))
+
+    def first_name(self, prefix: str, wanted: Callable[[str], bool]) -> str | None:
+        """The first name that begins with `prefix` and is `wanted`."""
+        with self.env.read() as txn:
+            return next(filter(wanted, catalog.list_names(txn, self.env, prefix)), None)
 
     def images(self) -> list[ImageInfo]:
         """Every image, in the order of the names."""
@@ -179,16 +186,13 @@ class Store:
 
     def digests_of(self, names: Iterable[str]) -> set[bytes]:
         """The digests of images by name and of their views; names that are gone do not count."""
-        wanted = set(names)
+        found = set()
         with self.env.read() as txn:
-            found = {
-                image.digest for name, image in catalog.list_images(txn, self.env) if name in wanted
-            }
-            views = catalog.list_views(txn, self.env)
+            for name in names:
+                with suppress(ImageNotFoundError):
+                    found.add(catalog.find_image(txn, self.env, name).digest)
             derived = {
-                view.digest
-                for image, _, view in views
-                if image in found and isinstance(view, fmt.ViewRecord)
+                view for image in found for view in catalog.view_digests(txn, self.env, image)
             }
         return found | derived
 
@@ -268,14 +272,22 @@ class Store:
         self.leases.release(image_byte(manifest.digest))
 
     def import_path(
-        self, path: Path, name: str | None, on_progress: Callable[[int, int], None]
+        self,
+        path: Path,
+        name: str | None,
+        on_progress: Callable[[int, int], None],
+        *,
+        reread: bool = False,
     ) -> tuple[str, Imported]:
         """Import a file, block device, directory or tar archive; return its name and the result.
 
         `name` defaults to the source's name without its suffixes. `on_progress` gets (bytes done
-        since the last call, bytes in all).
+        since the last call, bytes in all). With `reread` also a file is read that looks unchanged
+        since it was imported.
         """
-        return self._importer().import_path(path, name, on_progress)
+        name = name or catalog.default_name(path)
+        imported = None if reread else origins.import_unchanged(self.env, path, name)
+        return name, imported or self._importer().import_path(path, name, on_progress)
 
     def import_stream(
         self, stream: BinaryIO, name: str, on_progress: Callable[[int, int], None]
@@ -298,6 +310,8 @@ class Store:
 
         Walks every page first: damage could hide what is needed. Raises StoreDamagedError.
         """
+        from dedupstore import gc  # noqa: PLC0415 - 5 ms, for gc only
+
         self.env.verify(skip=frozenset())
         return gc.Collector(self.env, self.path).run(dry_run=dry_run, on_progress=on_progress)
 

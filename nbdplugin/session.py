@@ -7,10 +7,12 @@ thread-safe.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,11 +23,29 @@ from dedupstore.errors import ImageNotFoundError, UsageError
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
 
-_GLOB_CHARACTERS = "*?["
+_GLOB_CHARACTER = re.compile("[*?[]")
 _DIGEST_EXPORT = re.compile("/([0-9a-f]{64})")
 # Without `cache=`: this part of the machine's memory, at most that much.
 _CACHE_MEMORY_SHARE = 8
 _CACHE_BYTES_MAX = 4 << 30
+
+
+# mallopt(3): M_ARENA_MAX of glibc's malloc.h, and how many of those heaps threads share.
+_M_ARENA_MAX = -8
+_ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """Have all threads allocate from few heaps, before they are started. No effect without glibc.
+
+    The C library would give each thread a heap of its own, eight for each processor: frames are
+    loaded by whichever thread misses, and each heap keeps room for the largest number of them that
+    ever lay in it. Measured with 16 threads a connection: 82 MiB instead of 59 for a cache of 48,
+    reached only after hundreds of connections. Next to all allocations are made under the GIL, so
+    there is nobody to wait for.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def default_cache_bytes() -> int:
@@ -78,7 +98,7 @@ def _is_served(path: Path) -> bool:
 
 
 def _is_glob(pattern: str) -> bool:
-    return any(c in pattern for c in _GLOB_CHARACTERS)
+    return _GLOB_CHARACTER.search(pattern) is not None
 
 
 class Session:
@@ -86,6 +106,7 @@ class Session:
 
     def __init__(self, config: Config) -> None:
         """Open the store. Raises DedupError."""
+        limit_arenas()
         self._patterns = config.images
         self.store = Store(config.store)
         self.loader = self.store.loader()
@@ -102,9 +123,8 @@ class Session:
     def exports(self) -> Iterator[str]:
         """The names that are served now, those of the first `image=` first."""
         seen: set[str] = set()
-        names = self.store.names()
         for pattern in self._patterns or ["*"]:
-            for name in names:
+            for name in self.store.names(_literal_prefix(pattern)):
                 if name not in seen and _matches(name, pattern):
                     seen.add(name)
                     yield name
@@ -113,10 +133,11 @@ class Session:
         """What the empty export name stands for: the first image of the first `image=`, never one
         of the next, which would be another image's bytes. Raises ImageNotFoundError."""
         pattern = self._patterns[0] if self._patterns else "*"
-        for name in self.store.names():
-            if _matches(name, pattern):
-                return name
-        raise ImageNotFoundError(pattern)
+        prefix = _literal_prefix(pattern)
+        name = self.store.first_name(prefix, lambda name: _matches(name, pattern))
+        if name is None:
+            raise ImageNotFoundError(pattern)
+        return name
 
     def open(self, export: str) -> ImageReader:
         """Open an export for a client: an image's name, or "/" and the digest of an image or view,
@@ -139,6 +160,14 @@ class Session:
         """End a client's use of what `open` returned."""
         self.open_exports -= 1
         self.store.close_manifest(reader.manifest)
+        # It refers back to its reader: the manifest would stay until Python looks for such cycles
+        # among old objects, which a server that allocates next to nothing may not do for days.
+        del reader.read
+
+
+def _literal_prefix(pattern: str) -> str:
+    """How every name begins that a pattern matches: what finds them among all without a scan."""
+    return _GLOB_CHARACTER.split(pattern, maxsplit=1)[0]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from dedupstore.cache import FrameCache
 from dedupstore.check import check_store
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dedupstore import trees
 from dedupstore.building import BuiltSource
 from dedupstore.constants import SEGMENT_BYTES
 from dedupstore.erofs.tree import Attributes, Directory, ReadInto, RegularFile
@@ -92,7 +93,7 @@ def test_imported_tree_reads_back_as_the_written_image(
     store: Store, root: Directory, tmp_path: Path
 ) -> None:
     """On several threads, the parts of a large file hashed in turn."""
-    store._importer().import_tree(root, "tree", "image", silent)
+    store._importer()._import_built(trees.build(root, "tree"), "image", silent)
     assert read_image(store, "image") == written(root)
 
 
@@ -102,7 +103,7 @@ def test_file_that_cannot_be_read_fails_the_import_and_nobody_waits(
 ) -> None:
     root.entries[b"large"] = file(noise(1, 3 * SEGMENT_BYTES + 777), fail_at=at)
     with pytest.raises(SourceError, match=r"^tree: file: Input/output error$"):
-        store._importer().import_tree(root, "tree", "image", silent)
+        store._importer()._import_built(trees.build(root, "tree"), "image", silent)
     assert store.names() == []
 
 
@@ -125,5 +126,5 @@ def test_file_that_changes_after_the_scan_fails_the_import(
     root = scan_directory(tree)
     change(tree / "file")
     with pytest.raises(SourceError, match=r"changed|shorter"):
-        store._importer().import_tree(root, "tree", "image", silent)
+        store._importer()._import_built(trees.build(root, "tree"), "image", silent)
     assert store.names() == []

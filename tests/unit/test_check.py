@@ -21,7 +21,7 @@ from dedupstore.errors import (
     StoreNotFoundError,
 )
 from dedupstore.frames import TOTALS_KEY
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.pages import verify_header
 from dedupstore.store import Store
 from tests.conftest import (

@@ -13,7 +13,7 @@ from dedupstore import format as fmt
 from dedupstore.errors import ChunkDamagedError, ImageNotFoundError, TargetError
 from dedupstore.export import export_image
 from dedupstore.frames import FrameLoader
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.store import Store
 from tests.conftest import blocks, flip_record, keys_of, noise, silent, text
 

@@ -17,7 +17,7 @@ from dedupstore.check import check_store
 from dedupstore.constants import CDC_BYTES_MIN, SEGMENT_BYTES
 from dedupstore.env import DATABASES
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.leases import session_byte
 from dedupstore.store import Store
 from tests.conftest import (

@@ -21,7 +21,7 @@ from dedupstore import chunker, ingest, staging
 from dedupstore.constants import SEGMENT_BYTES
 from dedupstore.erofs import is_erofs
 from dedupstore.errors import ImageExistsError, SourceError, UsageError
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.store import Store
 from tests.conftest import (
     GRID,

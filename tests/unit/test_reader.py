@@ -12,7 +12,7 @@ from dedupstore import format as fmt
 from dedupstore.cache import FrameCache
 from dedupstore.constants import FRAME_BYTES_MAX
 from dedupstore.errors import ChunkDamagedError
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
 from tests.conftest import (

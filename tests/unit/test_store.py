@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dedupstore import format as fmt
+from dedupstore.catalog import default_name
 from dedupstore.constants import CDC_BYTES_MIN, IMAGE_NAME_BYTES_MAX, SEGMENT_BYTES
 from dedupstore.env import DATA_FILE
 from dedupstore.errors import (
@@ -23,8 +24,7 @@ from dedupstore.errors import (
     StoreVersionError,
     UsageError,
 )
-from dedupstore.imports import default_name
-from dedupstore.ingest import Imported
+from dedupstore.imported import Imported
 from dedupstore.store import Store
 from tests.conftest import (
     blocks,
