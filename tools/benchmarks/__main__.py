@@ -14,7 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks import corpus, serving, storing
+from tools.benchmarks import (
+    clones,
+    cold,
+    connections,
+    corpus,
+    mounted,
+    policy,
+    scaling,
+    scaling_chunks,
+    serving,
+    storing,
+)
 from tools.benchmarks.report import Bench, Report
 
 SUITES: dict[str, Callable[[Bench], None]] = {
@@ -23,6 +34,14 @@ SUITES: dict[str, Callable[[Bench], None]] = {
     "known": storing.known,
     "export": storing.export,
     "warm": serving.warm,
+    "sweep": serving.sweep,
+    "clones": clones.clones,
+    "cold": cold.cold,
+    "mounted": mounted.mounted,
+    "scaling-images": scaling.images,
+    "scaling-chunks": scaling_chunks.chunks,
+    "scaling-connections": connections.connections,
+    "policy": policy.policy,
 }
 
 

@@ -50,10 +50,14 @@ class Server:
         return f"nbd+unix:///{export}?socket={self.socket}"
 
     def memory_bytes(self) -> int:
-        """Memory that only this process has (unique set size): its share of mapped files aside."""
+        """Anonymous memory. What it has mapped of files is page cache, which is counted there."""
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
         lines = [line.split() for line in rollup.splitlines()]
-        return sum(int(f[1]) for f in lines if f[0] in ("Private_Clean:", "Private_Dirty:")) << 10
+        return sum(int(fields[1]) for fields in lines if fields[0] == "Anonymous:") << 10
+
+    def threads(self) -> int:
+        """How many threads it has."""
+        return len(list(Path(f"/proc/{self.pid}/task").iterdir()))
 
 
 @contextmanager

@@ -105,6 +105,11 @@ class Report:
         self._append(what, _number(statistics.median(values)), unit=unit)
         self.raw.append({"suite": self.suite, "what": what, "unit": unit, "values": list(values)})
 
+    def missing(self, other: str) -> None:
+        """Say that a competitor cannot be had here and was left out of the suite."""
+        self._append("left out", "", other, "not available")
+        self.raw.append({"suite": self.suite, "what": "left out", "other": other})
+
     def curve(self, curve: Curve) -> None:
         """Add a line to a plot."""
         self.curves.append(curve)
