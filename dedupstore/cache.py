@@ -5,7 +5,7 @@ frame number stands for content (a store holds each chunk once), every image and
 chunk hits the same entry.
 
 Policy: S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): new
-entries pass through a small queue that holds a tenth of the budget, and only those used again move
+entries pass through a small queue that holds a fifth of the budget, and only those used again move
 to the main queue, so one long scan cannot empty the cache. Two changes suit it to block reads:
 uses within one *epoch* count once, because reading a frame front to back in 4 KiB requests is one
 use and not 64; and a use after a prefetch is the first use, not the second.
@@ -22,9 +22,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from dedupstore.errors import ChunkDamagedError
+from dedupstore.slabs import Slab, Slabs
 
-# Share of the budget for entries seen once, and of the ghost list, after the paper.
-_SMALL_SHARE = 10
+# Shares of the budget: for entries seen once, and of what is remembered of those dropped. The paper
+# has 10 and 1; docs/decisions/0004-cache-policy.md has what recorded reads say.
+_SMALL_SHARE = 5
+_GHOST_SHARE = 2
 _FREQUENCY_MAX = 3
 # An epoch lasts until this share of the budget has been loaded. A scan stays in one frame for far
 # less; an entry passes through the small queue in about three.
@@ -38,16 +41,26 @@ _OFFSET_OVERHEAD_BYTES = 40
 class Entry:
     """A cached frame. `view` is its raw bytes, `offsets[slot]` where each chunk begins in them.
 
-    Readers may keep using an entry after its eviction: it owns its bytes.
+    Readers may keep using an entry after its eviction: it owns its bytes, which stay as they are
+    for as long as somebody holds the entry. A slice of `view` alone does not hold them.
     """
 
-    __slots__ = ("cost", "epoch", "frame", "frequency", "offsets", "view")
+    __slots__ = ("_slab", "cost", "epoch", "frame", "frequency", "offsets", "view")
 
-    def __init__(self, frame: int, raw: bytes, offsets: tuple[int, ...]) -> None:
+    def __init__(
+        self, frame: int, raw: bytes, offsets: tuple[int, ...], slab: Slab | None = None
+    ) -> None:
         self.frame = frame
-        self.view = memoryview(raw)
+        self._slab = slab
+        if slab is None:
+            self.view = memoryview(raw)
+            held = len(raw)
+        else:
+            slab.view[: len(raw)] = raw
+            self.view = slab.view[: len(raw)].toreadonly()
+            held = len(slab.view)
         self.offsets = offsets
-        self.cost = len(raw) + ENTRY_OVERHEAD_BYTES + _OFFSET_OVERHEAD_BYTES * len(offsets)
+        self.cost = held + ENTRY_OVERHEAD_BYTES + _OFFSET_OVERHEAD_BYTES * len(offsets)
         self.frequency = 0
         self.epoch = -1  # never used: a reader's first use runs `FrameCache.touch`
 
@@ -82,6 +95,7 @@ class FrameCache:
         self._budget = budget
         self._small_budget = budget // _SMALL_SHARE
         self._load = load
+        self.slabs = Slabs(budget)
         self._lock = threading.Lock()
         self._flights: dict[int, _Flight] = {}
         self._small: deque[Entry] = deque()
@@ -140,7 +154,8 @@ class FrameCache:
 
     def _lead(self, frame: int, flight: _Flight) -> Entry:
         try:
-            entry = Entry(frame, *self._load(frame))
+            raw, offsets = self._load(frame)
+            entry = Entry(frame, raw, offsets, self.slabs.take(len(raw)))
         except Exception as error:
             flight.error = error
             with self._lock:
@@ -196,7 +211,7 @@ class FrameCache:
         self._drop(entry)
         self._ghosts[entry.frame] = entry.cost
         self._ghost_bytes += entry.cost
-        while self._ghost_bytes > self._budget:
+        while self._ghost_bytes > self._budget // _GHOST_SHARE:
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
 
     def _evict_main(self) -> None:

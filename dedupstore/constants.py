@@ -29,8 +29,8 @@ CDC_MASK = 0x3
 # frame's slot table on the first of its LMDB pages.
 FRAME_SLOTS_MAX = 96
 
-# zstd level. 3 costs a quarter of 6's time for 6 % more space on the measured corpus.
-ZSTD_LEVEL = 3
+# zstd level: compression is most of an import (docs/decisions/0002-frames.md).
+ZSTD_LEVEL = 1
 
 # Compression pays when it saves at least one part in this many.
 COMPRESSION_GAIN_MIN = 16

@@ -23,6 +23,7 @@ import zstandard
 from blake3 import blake3
 from xxhash import xxh3_64_intdigest
 
+from dedupstore.constants import FRAME_BYTES_MAX, GRID_BYTES
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError, StoreVersionError
 
 # What LMDB hands out: a memoryview of the map (declared as either by its stubs).
@@ -319,6 +320,10 @@ def verify_frame(record: Buffer, frame: int) -> None:
         raise ChunkDamagedError(frame, "stored bytes fail their checksum")
 
 
+# One object for each offset that is common: a hit then finds it in the processor's cache.
+_shared = {at: at for at in range(0, FRAME_BYTES_MAX + GRID_BYTES, GRID_BYTES)}.get
+
+
 def decode_frame_offsets(record: Buffer, frame: int) -> tuple[int, ...]:
     """Each slot's offset in a verified record's raw bytes, and the end.
 
@@ -335,9 +340,9 @@ def decode_frame_offsets(record: Buffer, frame: int) -> tuple[int, ...]:
         if packed >> _SLOT_STATE_SHIFT:
             offsets.append(NOT_HERE)
         else:
-            offsets.append(position)
+            offsets.append(_shared(position, position))
             position += packed
-    offsets.append(position)
+    offsets.append(_shared(position, position))
     return tuple(offsets)
 
 

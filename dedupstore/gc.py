@@ -23,7 +23,7 @@ import lmdb
 
 from dedupstore import catalog, origins
 from dedupstore import format as fmt
-from dedupstore.constants import GC_DELETE_FRAMES, GC_REWRITE_BYTES
+from dedupstore.constants import FRAME_BYTES_MAX, GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
 from dedupstore.frames import Codecs, FrameWriter
 from dedupstore.leases import Reclaim, image_byte, session_byte
@@ -235,7 +235,7 @@ class Collector:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-_REWRITE_FRAMES = GC_REWRITE_BYTES // (256 << 10)
+_REWRITE_FRAMES = GC_REWRITE_BYTES // FRAME_BYTES_MAX
 
 
 def working_directories(store: Path) -> Iterator[Path]:

@@ -1,8 +1,8 @@
 """An image as packed arrays: where each byte of it lies.
 
 Owns the in-memory form that reads are served from: two arrays of 8 bytes per run, and a run has one
-chunk or more; shared by every clone of an image. Pure; immutable after construction, so any number
-of threads may read it.
+chunk or more, and an index of at most 4 KiB; shared by every clone of an image. Pure; immutable
+after construction, so any number of threads may read it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from itertools import accumulate
 
 from dedupstore.format import REF_HOLE, ManifestRecord
 
+# The index has at most 2 to this power entries, of 4 bytes.
+_INDEX_BITS = 10
+
 
 class Manifest:
     """The runs of one image, in order.
 
     `starts[i]` is the offset of run i in bytes from the image's start, with one entry more, the
-    image's size, at the end; `refs[i]` refers to the run's first chunk, 0 for a hole.
+    image's size, at the end; `refs[i]` refers to the run's first chunk, 0 for a hole. `index[b]` is
+    the run that holds the byte at b << `shift`: it leaves a search few runs to look at.
     """
 
-    __slots__ = ("__weakref__", "digest", "refs", "size", "starts")
+    __slots__ = ("__weakref__", "digest", "index", "refs", "shift", "size", "starts")
 
     def __init__(self, digest: bytes, record: ManifestRecord) -> None:
         self.digest = digest
@@ -30,10 +34,16 @@ class Manifest:
         # Copies have no room to grow, with which an array made step by step is a sixteenth larger.
         self.starts = array("Q", accumulate(record.lengths, initial=0))[:]
         self.refs = record.refs[:]
+        self.shift = max(self.size.bit_length() - _INDEX_BITS, 0)
+        step = 1 << self.shift
+        runs = (bisect_right(self.starts, at) - 1 for at in range(0, self.size + step, step))
+        last = max(len(self.refs) - 1, 0)
+        self.index = array("I", (min(run, last) for run in runs))
 
     def run_at(self, offset: int) -> int:
         """Index of the run that holds `offset`, which must be inside the image."""
-        return bisect_right(self.starts, offset) - 1
+        at = offset >> self.shift
+        return bisect_right(self.starts, offset, self.index[at], self.index[at + 1] + 1) - 1
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(start, length, reference) of the runs that touch [offset, offset+length), unclipped."""

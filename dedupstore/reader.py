@@ -27,6 +27,9 @@ _DISORDER_RUNS = 16
 _ZEROS = memoryview(bytes(1 << 20))
 
 
+_NOTHING = 0  # is no frame's number
+
+
 class ReadCounters:
     """Totals over all readers of a process.
 
@@ -47,10 +50,12 @@ class Prefetcher:
     """Threads that load frames ahead of readers, so that one reader can use two cores.
 
     Requests beyond what the threads can keep up with are dropped: readahead that comes late is
-    work done twice. Thread-safe.
+    work done twice. When there was nothing to load for a while, they collapse the cache's slabs
+    into huge pages. Thread-safe.
     """
 
     _BACKLOG_MAX = 64
+    _IDLE_SECONDS = 0.5
 
     def __init__(self, cache: FrameCache, counters: ReadCounters) -> None:
         self._cache = cache
@@ -70,9 +75,24 @@ class Prefetcher:
         self._queue.put(frame)
         return True
 
+    def wake(self) -> None:
+        """Have a thread look whether there are slabs to collapse once it is idle."""
+        if self._cache.slabs.collapsible and self._queue.empty():
+            self._queue.put(_NOTHING)
+
     def _work(self) -> None:
-        while (frame := self._queue.get()) is not None:
-            if frame not in self._cache.entries:
+        slabs = self._cache.slabs
+        while True:
+            patience = self._IDLE_SECONDS if slabs.collapsible else None
+            try:
+                frame = self._queue.get(timeout=patience)
+            except queue.Empty:
+                while slabs.collapsible and self._queue.empty():
+                    slabs.collapse()
+                continue
+            if frame is None:
+                return
+            if frame and frame not in self._cache.entries:
                 self._counters.prefetches += 1
                 self._cache.prefetch(frame)
 
@@ -111,17 +131,19 @@ class ImageReader:
         """Build `read` with all it needs in locals: attribute chains cost a third of a hit."""
         cache, counters = self._cache, self._counters
         starts, refs = self.manifest.starts, self.manifest.refs
+        index, shift = self.manifest.index, self.manifest.shift
         cached = cache.entries.get
         miss, fail, fill_zeros = self._miss, self._fail, _fill_zeros
         slot_bits, slot_mask = fmt.REF_SLOT_BITS, fmt.REF_SLOT_MASK
-        bisect = bisect_right
+        bisect, everything = bisect_right, slice(None)
 
         def read(buffer: memoryview, offset: int) -> None:
             """Fill `buffer` (bytes, writable, the caller's) from `offset` on, bytes from the
             image's start; the range must be inside the image. Raises DedupError; the buffer is
             then undefined."""
             counters.bytes += len(buffer)
-            run = bisect(starts, offset) - 1
+            at = offset >> shift
+            run = bisect(starts, offset, index[at], index[at + 1] + 1) - 1
             while True:
                 inside = offset - starts[run]
                 left = starts[run + 1] - offset
@@ -136,7 +158,7 @@ class ImageReader:
                         counters.hits += 1
                     try:
                         at = entry.offsets[ref & slot_mask] + inside
-                        part[:] = entry.view[at : at + len(part)]
+                        part[everything] = entry.view[at : at + len(part)]
                     except (ValueError, IndexError):
                         fail(ref, offset)
                 else:
@@ -157,6 +179,7 @@ class ImageReader:
                 entry = self._cache.get(frame)
             except DedupError as error:
                 raise self._located(error, offset) from error
+            self._prefetcher.wake()
         else:
             self._counters.hits += 1
         self._cache.touch(entry)

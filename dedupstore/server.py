@@ -19,14 +19,13 @@ from dedupstore.programs import find_program
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
-    syntax; `threads` per connection, nbdkit's default for None."""
+    syntax."""
 
     store: Path
     socket: Path
     images: Sequence[str] = ()
     cache: str | None = None
     metrics: Path | None = None
-    threads: int | None = None
 
 
 def plugin_path() -> Path:
@@ -45,8 +44,6 @@ def server_command(options: ServerOptions, *extra: str) -> list[str]:
             f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
         )
     command = [find_program("nbdkit", "nbdkit"), "--unix", str(options.socket), "--readonly"]
-    if options.threads is not None:
-        command += ["--threads", str(options.threads)]
     command += [*extra, "python", str(plugin_path()), f"store={options.store}"]
     command += [f"image={image}" for image in options.images]
     if options.cache is not None:

@@ -9,8 +9,8 @@ cache=SIZE     bound of the shared cache in bytes (nbdkit's sizes: 512M, 2G); de
                memory, at most 4G
 metrics=PATH   unix socket to serve Prometheus text on
 
-Callbacks only: the logic is `nbdplugin.session`. The callbacks run concurrently on nbdkit's worker
-threads (parallel thread model); what they call is thread-safe.
+Callbacks only: the logic is `nbdplugin.session`. Each connection has one thread, which the
+callbacks run on; what they call is thread-safe.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def config(key: str, value: str) -> None:
 
 
 def thread_model() -> int:
-    return nbdkit.THREAD_MODEL_PARALLEL
+    # Connections in parallel, the requests of one in turn: sixteen threads for each connection
+    # spend more on handing Python's lock to one another than they gain (docs/concurrency.md).
+    # Clients that want more open more connections: kernel, nbdfuse and nbdcopy do so themselves.
+    return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
 
 def get_ready() -> None:

@@ -95,6 +95,9 @@ class SilentPrefetcher:
         self.asked.append(frame)
         return True
 
+    def wake(self) -> None:
+        pass
+
 
 @contextmanager
 def opened(

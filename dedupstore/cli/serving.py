@@ -18,7 +18,6 @@ SOCKET_NAME = "nbd.sock"
 @click.option("--socket", type=click.Path(path_type=Path), help="Default: nbd.sock in the store.")
 @click.option("--cache", metavar="SIZE", help="Bound of the shared cache, such as 512M.")
 @click.option("--metrics", type=click.Path(path_type=Path), help="Prometheus text on this socket.")
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads per connection.")
 @pass_context
 def serve(
     context: Context,
@@ -26,7 +25,6 @@ def serve(
     socket: Path | None,
     cache: str | None,
     metrics: Path | None,
-    threads: int | None,
 ) -> None:
     """Serve images (default: all) over NBD with nbdkit, in the foreground."""
     options = ServerOptions(
@@ -35,7 +33,6 @@ def serve(
         images,
         cache,
         metrics.absolute() if metrics else None,
-        threads,
     )
     context.open().close()  # a wrong store is reported here, in one line
     command = server_command(options, "--foreground")

@@ -15,6 +15,7 @@ import errno
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,10 @@ TREE, DATA = "tree", "data"
 # keeps nbdfuse's file in its cache as well: 307 MB for an image of 150.
 _FILE_OPTIONS = ("directio", "")
 _FILE_BACKED_SINCE = (6, 12)
+# Readahead of a file-backed mount. The kernel's 128 KiB bound the requests, each of which goes
+# through nbdfuse: with this much a cold tar of a Debian root takes a fifth less time; four times as
+# much adds nothing.
+_READ_AHEAD_KIB = 1024
 # Layers that only hold data came with Linux 6.5; before, views of a pool are ordinary layers, and
 # the tree hides their only directory by a whiteout.
 _DATA_LAYERS = ("::", ":")
@@ -112,6 +117,7 @@ def _plan_erofs(attachment: Attachment, store_uuid: str) -> list[str]:
 
 def _mount_file(attachment: Attachment, share: str) -> bool:
     """Mount nbdfuse's file; False if this kernel mounts devices only."""
+    before = kernel.read_ahead_knobs(EROFS)
     calls = [
         Call(attachment.file, attachment.anchor, EROFS, _joined(options, share))
         for options in _FILE_OPTIONS
@@ -122,7 +128,16 @@ def _mount_file(attachment: Attachment, share: str) -> bool:
         if error.errno in _REFUSED:
             return False
         raise
+    _widen_read_ahead(kernel.read_ahead_knobs(EROFS) - before)
     return True
+
+
+def _widen_read_ahead(knobs: set[Path]) -> None:
+    """Set the readahead of the mount that brought `knobs`; of several, somebody else mounts too,
+    and it is left as it is. Where sysfs cannot be written, as in containers, likewise."""
+    if len(knobs) == 1:
+        with suppress(OSError):
+            knobs.pop().write_text(f"{_READ_AHEAD_KIB}\n")
 
 
 def _first(calls: Sequence[Call]) -> None:

@@ -138,6 +138,12 @@ def is_mounted(directory: Path) -> bool:
     return any(point.directory == directory for point in mount_table())
 
 
+def read_ahead_knobs(fstype: str, sys: Path = Path("/sys")) -> set[Path]:
+    """Where the kernel keeps the readahead, in KiB, of each mount of a type that has no device: the
+    name does not say which mount, but that of a new mount is new."""
+    return set((sys / "class/bdi").glob(f"{fstype}-*/read_ahead_kb"))
+
+
 def device_number(device: Path) -> str:
     """A block device's "major:minor", as in `MountPoint.device`."""
     number = device.stat().st_rdev

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
-    ("errors", "constants"),
-    ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "imported"),
-    ("env",),
+    ("errors", "constants", "imported"),
+    ("format", "erofs", "chunker", "pages", "location", "programs", "archives"),
+    ("env", "slabs"),
     ("frames", "catalog", "leases"),
     ("cache", "manifest", "sources", "building", "pooling", "origins"),
     ("reader", "staging", "trees"),

@@ -29,6 +29,17 @@ def test_run_at_finds_first_and_last_byte_of_every_run() -> None:
     assert [manifest.run_at(offset) for offset in offsets] == [0, 0, 1, 1, 2]
 
 
+@pytest.mark.parametrize("runs", [1, 2, 1000, 5000])
+def test_index_leads_every_offset_to_its_run(runs: int) -> None:
+    """Runs of very different lengths, more and fewer than the index has entries."""
+    lengths = [1 + (i * 7919) % 5 ** (i % 9) for i in range(runs)]
+    manifest = make(*((length, A if i % 3 else 0) for i, length in enumerate(lengths)))
+    assert len(manifest.index) * manifest.index.itemsize <= 4096 + 8
+    for run, start in enumerate(list(manifest.starts)[:-1]):
+        assert manifest.run_at(start) == run
+        assert manifest.run_at(start + lengths[run] - 1) == run
+
+
 def test_runs_touch_the_range_unclipped() -> None:
     manifest = make((4096, A), (8192, 0), (100, B))
     assert list(manifest.runs(4095, 2)) == [(0, 4096, A), (4096, 8192, 0)]
