@@ -21,6 +21,7 @@ from dedupstore.constants import (
     CDC_BYTES_MIN,
     CDC_MASK,
     CHUNK_BYTES_MAX,
+    EXTENT_SEGMENT_BYTES,
     GRID_BYTES,
     SEGMENT_BYTES,
 )
@@ -61,7 +62,7 @@ def segments_of_extents(size: int, extents: Iterable[tuple[int, int]]) -> Iterat
             length = min(CHUNK_BYTES_MAX, edge - position)
             cuts.append(length)
             position += length
-            if position - begin >= SEGMENT_BYTES:
+            if position - begin >= EXTENT_SEGMENT_BYTES:
                 yield Segment(begin, position - begin, tuple(cuts))
                 cuts, begin = [], position
     if cuts:

@@ -49,12 +49,17 @@ SOCKET_PATH_BYTES_MAX = 107
 # Longest image name in bytes of UTF-8. LMDB keys end at 511; NBD export names at 4096.
 IMAGE_NAME_BYTES_MAX = 255
 
-# Image bytes that one unit of import work reads and hashes.
+# Image bytes that one unit of import work reads and hashes, in images that are cut by content. No
+# cut crosses its border, so it is part of what digests mean (*format*).
 SEGMENT_BYTES = 4 * MIB
 
+# The same where extents say where to cut: what a worker has read is still in its processor's cache
+# when it is hashed and compressed.
+EXTENT_SEGMENT_BYTES = MIB
+
 # Compressed bytes per write transaction of an import: large enough that its fsync is noise, small
-# enough that other writers wait for fractions of a second.
-BATCH_BYTES = 48 * MIB
+# enough that other writers wait for fractions of a second and little is left to do at the end.
+BATCH_BYTES = 24 * MIB
 
 # Raw bytes that one write transaction of gc decompresses and compresses again.
 GC_REWRITE_BYTES = 16 * MIB

@@ -246,14 +246,14 @@ class FrameBuilder:
     def __init__(self, slots_max: int) -> None:
         self._slots_max = slots_max
         self._slots: list[fmt.Slot] = []
-        self._parts: list[bytes] = []
+        self._parts: list[fmt.Buffer] = []
         self._bytes = 0
 
     def fits(self, length: int) -> bool:
         """Whether another chunk of `length` bytes still belongs into this frame."""
         return len(self._slots) < self._slots_max and self._bytes + length <= FRAME_BYTES_MAX
 
-    def add(self, digest: bytes, data: bytes) -> int:
+    def add(self, digest: bytes, data: fmt.Buffer) -> int:
         """Append a chunk; return its slot."""
         self._slots.append(fmt.Slot(digest, len(data)))
         self._parts.append(data)
@@ -263,14 +263,16 @@ class FrameBuilder:
     def __bool__(self) -> bool:
         return bool(self._slots)
 
-    def take(self) -> tuple[tuple[fmt.Slot, ...], list[bytes]]:
+    def take(self) -> tuple[tuple[fmt.Slot, ...], list[fmt.Buffer]]:
         """The collected slots and their bytes; the builder is empty afterwards."""
         taken = tuple(self._slots), self._parts
         self._slots, self._parts, self._bytes = [], [], 0
         return taken
 
 
-def encode_new(codecs: Codecs, slots: tuple[fmt.Slot, ...], parts: list[bytes]) -> NewFrame:
+def encode_new(
+    codecs: Codecs, slots: tuple[fmt.Slot, ...], parts: Sequence[fmt.Buffer]
+) -> NewFrame:
     """Compress collected chunks into a frame ready for `FrameWriter.store`."""
     raw = b"".join(parts)
     return NewFrame(slots, len(raw), codecs.encode(slots, raw))

@@ -37,18 +37,19 @@ from dedupstore.sources import FileSource, Source
 from dedupstore.staging import Publish, Reused, Staging, provisional_ref
 
 # Segments that may be hashed ahead of the calling thread, and frames that may wait for compression.
-_SEGMENTS_AHEAD = 6
+_SEGMENTS_AHEAD = 16
 _FRAMES_AHEAD = 32
 
 
 @dataclass(slots=True)
 class _Hashed:
-    """A chunk as the workers hand it over; `data` only when the store did not know it."""
+    """A chunk as the workers hand it over; `data` only when the store did not know it: a part of
+    its segment, which it keeps in memory until its frame is compressed."""
 
     length: int
     digest: bytes
     ref: int = 0
-    data: bytes = b""
+    data: fmt.Buffer = b""
 
 
 def plan(source: FileSource) -> tuple[int, Iterable[Segment]]:
@@ -159,7 +160,7 @@ class Ingest:
                 elif ref := find_chunk(txn, self._env, digest):
                     chunks.append(_Hashed(length, digest, ref))
                 else:
-                    chunks.append(_Hashed(length, digest, 0, bytes(piece)))
+                    chunks.append(_Hashed(length, digest, 0, piece))
         return chunks
 
     # --- the calling thread: image order ---

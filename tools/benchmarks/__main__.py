@@ -20,6 +20,7 @@ from tools.benchmarks import (
     connections,
     corpus,
     mounted,
+    plots,
     policy,
     scaling,
     scaling_chunks,
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, default=cache, help="three images; built if absent")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of each comparison")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
+    parser.add_argument("--plots", type=Path, help="write the curves into this directory, as PNG")
     options = parser.parse_args()
     unknown = [suite for suite in options.suites if suite not in SUITES]
     if unknown:
@@ -68,6 +70,8 @@ def main() -> int:
     print("\n".join(report.lines()))
     if options.json:
         options.json.write_text(json.dumps(_document(machine, report), indent=2) + "\n")
+    if options.plots:
+        plots.draw(report.curves, options.plots)
     return 0
 
 

@@ -2,9 +2,9 @@
 
 Clients are bare sockets: a thousand of them fit into this process. What counts is memory that only
 the server has and no file backs, so not the store's pages that it maps. nbdkit takes some for each
-connection and thread whatever the plugin; beside ours runs its null plugin, which has nothing.
-Servers inherit this process's limit of open files; nbdkit needs one for each connection, and two
-more with more than one thread for it.
+connection and thread whatever the plugin; beside ours runs its null plugin, which has nothing, with
+one thread for each connection like ours. Servers inherit this process's limit of open files, and
+need one for each connection.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ _CLONES = 1_000
 _STEPS = 4
 _KIB = 1 << 10
 _CLONE_KIB_MAX = 64
-# One, as a server of many clones is best run; a few; and nbdkit's default.
-_THREADS = (1, 4, 16)
 _WARM_UP_CONNECTIONS = 50
 _CONNECTIONS = 1_000
 _LEFT_MIB_MAX = 2
@@ -100,21 +98,16 @@ def connections(bench: Bench) -> None:
         synthetic.add_large_image(store, "image", 1 << 30, distinct=2_000, seed=1)
         synthetic.add_clones(store, "image", _CLONES)
         names = store.names("clone-")
-    for threads in _THREADS:
-        options = ("-t", threads)
-        listen = bench.work / "socket"
-        ours = nbdkit(listen, *options, "python", PLUGIN, f"store={path}", "cache=64M")
-        null = nbdkit(listen, *options, "null", "1G")
-        _together(bench, names, threads, {"ours": ours, "null": null})
-        _in_turn(bench, names, threads, ours)
+    listen = bench.work / "socket"
+    ours = nbdkit(listen, "python", PLUGIN, f"store={path}", "cache=64M")
+    null = nbdkit(listen, "-t", 1, "null", "1G")
+    _together(bench, names, {"ours": ours, "null": null})
+    _in_turn(bench, names, ours)
 
 
-def _together(
-    bench: Bench, names: list[str], threads: int, commands: dict[str, list[object]]
-) -> None:
+def _together(bench: Bench, names: list[str], commands: dict[str, list[object]]) -> None:
     """Memory of each server with more and more connections, each of which has read something."""
     grown: dict[str, float] = {}
-    what = f"connections at once, {threads} threads for each"
     for name, command in commands.items():
         held = [0]
         with serving(bench.work / "socket", *command) as server, ExitStack() as opened:
@@ -130,34 +123,31 @@ def _together(
                 held.append(_settled(server)[0] - before)
         grown[name] = held[-1] / len(names) / _KIB
         x = tuple(step * float(i) for i in range(_STEPS + 1))
-        label = f"{'dedupstore' if name == 'ours' else 'nbdkit null'}, {threads} threads"
+        label = "dedupstore" if name == "ours" else "nbdkit null"
         y = tuple(value / 1e6 for value in held)
         bench.report.curve(Curve("server memory", label, "connections", "MB", x, y))
-    row = f"server memory of each of 1,000 {what}"
-    if threads == 1:
-        bench.report.bound(row, "KiB", [grown["ours"]], _CLONE_KIB_MAX)
-    else:
-        bench.report.note(row, "KiB", [grown["ours"]])
+    row = "server memory of each of 1,000 clones open at once"
+    bench.report.bound(row, "KiB", [grown["ours"]], _CLONE_KIB_MAX)
     bench.report.note(f"{row}: nbdkit's null plugin", "KiB", [grown["null"]])
     share = [grown["ours"] - grown["null"]]
     bench.report.note(f"{row}: beyond it", "KiB", share)
 
 
 def _open(server: Server, export: str) -> Client:
-    """A connection that has read something on every thread."""
+    """A connection that has read something."""
     client = Client(server.socket, export)
     client.read(range(0, 16 * _READ_BYTES, _READ_BYTES), 4 * _KIB)
     return client
 
 
-def _in_turn(bench: Bench, names: list[str], threads: int, command: list[object]) -> None:
+def _in_turn(bench: Bench, names: list[str], command: list[object]) -> None:
     """Memory before and after a thousand connections."""
     with serving(bench.work / "socket", *command) as server:
         _visit(server, names[:_WARM_UP_CONNECTIONS])
         before = _settled(server)
         _visit(server, (names[i % len(names)] for i in range(_CONNECTIONS)))
         after = _settled(server)
-    what = f"memory after {_CONNECTIONS:,} connections in turn, {threads} threads for each"
+    what = f"memory after {_CONNECTIONS:,} connections in turn"
     left = (after[0] - before[0]) / (1 << 20)
     bench.report.bound(f"{what}: change", "MiB", [abs(left)], _LEFT_MIB_MAX)
     bench.report.note(f"{what}: signed", "MiB", [left])
@@ -165,7 +155,7 @@ def _in_turn(bench: Bench, names: list[str], threads: int, command: list[object]
 
 
 def _visit(server: Server, exports: Iterable[str]) -> None:
-    """Connect, read as many threads can serve at once, and disconnect, for each export."""
+    """Connect, read with sixteen requests in flight, and disconnect, for each export."""
     for number, export in enumerate(exports):
         client = Client(server.socket, export)
         places = random.Random(number)

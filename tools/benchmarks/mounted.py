@@ -1,9 +1,10 @@
 """Using an image's files through the kernel: `dedupstore mount` against a loop mount of the file.
 
 What is timed is what people do with a mounted root: list it, archive it, read every file, start
-python from it. Whatever `dedupstore mount` chooses here is measured (nbd or nbdfuse, what
-`--share=auto` finds); views are derived before the clock starts, once in a store's life. The other
-side is `mount -o loop` of the same image file as EROFS.
+python from it. Measured are the kernel's EROFS alone (`--share=none`), and with it what shares page
+cache with other images (`--share=auto`: on kernels before 7.0 an overlay on top), over whatever
+device `dedupstore mount` chooses here; views are derived before the clock starts, once in a store's
+life. The other side is `mount -o loop` of the same image file as EROFS.
 
 Cold: mounted, for ours with a server started for it, then the kernel's caches dropped. Every cold
 figure has a mount of its own, for the server's cache cannot be dropped. Warm: the same command
@@ -26,6 +27,7 @@ from tools.benchmarks.report import Bench
 from tools.benchmarks.serving import store_with
 
 _LOOP = "loop mount"
+_SHARES = ("none", "auto")
 _COLD, _WARM = 0.834, 0.953  # ratios of times, theirs / ours: at most 1.2 and 1.05 times as long
 _WARM_RUNS = 3
 
@@ -60,11 +62,11 @@ class Mounts:
     def __exit__(self, *_error: object) -> None:
         self._ends.close()
 
-    def mount(self, name: str, directory: Path) -> None:
+    def mount(self, name: str, directory: Path, share: str = "auto") -> None:
         """Mount an image on `directory`, which is made if need be."""
         directory.mkdir(exist_ok=True)
         command = [DEDUPSTORE, "--store", self._store]
-        run(*command, "mount", name, directory, **self._environment)
+        run(*command, "mount", f"--share={share}", name, directory, **self._environment)
         self._ends.callback(run, *command, "umount", directory, **self._environment)
 
     def metrics(self) -> Path:
@@ -83,22 +85,24 @@ def mounted(bench: Bench) -> None:
     store = store_with(bench.work, image)
     point = bench.work / "mnt"
     point.mkdir()
-    sides = {
-        "ours": lambda: _our_mount(store, point),
-        _LOOP: lambda: _loop_mount(image, point),
+    sides: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        share: lambda share=share: _our_mount(store, point, share)  # type: ignore[misc]
+        for share in _SHARES
     }
-    with sides["ours"]():  # derives the view
+    sides[_LOOP] = lambda: _loop_mount(image, point)
+    with sides["auto"]():  # derives the view
         pass
     for what, command in _COMMANDS.items():
         cold, warm = _times(bench.rounds, sides, command, point)
         for state, figures, target in (("cold", cold, _COLD), ("warm", warm, _WARM)):
-            bench.report.compare(
-                f"mounted, {state}: {what}",
-                "s",
-                figures,
-                targets={_LOOP: target},
-                lower_is_better=True,
-            )
+            for share in _SHARES:
+                bench.report.compare(
+                    f"mounted, share {share}, {state}: {what}",
+                    "s",
+                    {"ours": figures[share], _LOOP: figures[_LOOP]},
+                    targets={_LOOP: target},
+                    lower_is_better=True,
+                )
 
 
 Figures = dict[str, list[float]]
@@ -140,9 +144,9 @@ def _bring_back_programs() -> None:
 
 
 @contextmanager
-def _our_mount(store: Path, point: Path) -> Iterator[None]:
+def _our_mount(store: Path, point: Path, share: str) -> Iterator[None]:
     with Mounts(store) as mounts:
-        mounts.mount("image", point)
+        mounts.mount("image", point, share)
         yield
 
 
