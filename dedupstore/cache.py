@@ -106,6 +106,11 @@ class FrameCache:
         self._epoch_bytes = max(budget // _EPOCHS_PER_BUDGET, 1)
         self._epoch_loaded = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is plenty of room before anything is evicted: a quarter of the budget."""
+        return self.bytes < self._budget // 4 * 3
+
     def touch(self, entry: Entry) -> None:
         """Note a use of `entry` in the current epoch. The hot path calls this when
         `entry.epoch != cache.epoch`. Racing calls may count a use twice, which is harmless."""

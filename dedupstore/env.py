@@ -9,12 +9,14 @@ over all processes, readers never block and are never blocked.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -200,6 +202,21 @@ class Environment:
         """Bytes that the data file occupies on disk."""
         return self.path.stat().st_blocks * 512
 
+    def forget_cached_pages(self) -> None:
+        """Give the kernel's copies of the data file's pages back, as far as no other process has
+        them mapped; what is read next comes from the disk. Never raises."""
+        with suppress(OSError, ValueError):
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                # Mapped pages stay in the page cache: out of our own page tables first.
+                for start, length in _mappings(os.fstat(file)):
+                    ctypes.CDLL(None).madvise(
+                        ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+                    )
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
+
     def close(self) -> None:
         """Close; no transaction may be running. Idempotent."""
         self._lmdb.close()
@@ -208,6 +225,17 @@ class Environment:
     def _forget(self) -> None:
         with _open_paths_lock:
             _open_paths.discard(self._key)
+
+
+def _mappings(status: os.stat_result) -> Iterator[tuple[int, int]]:
+    """(address, length) of this process's mappings of a file."""
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, _, _, on, inode = line.split(maxsplit=5)[:5]
+            if on == device and int(inode) == status.st_ino:
+                start, end = (int(number, 16) for number in span.split("-"))
+                yield start, end - start
 
 
 def _require_file(path: Path) -> None:

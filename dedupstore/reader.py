@@ -50,16 +50,23 @@ class Prefetcher:
     """Threads that load frames ahead of readers, so that one reader can use two cores.
 
     Requests beyond what the threads can keep up with are dropped: readahead that comes late is
-    work done twice. When there was nothing to load for a while, they collapse the cache's slabs
-    into huge pages. Thread-safe.
+    work done twice. Once nothing was loaded for a while, one of them tidies up: it collapses the
+    cache's slabs into huge pages and calls `on_idle`. Thread-safe.
     """
 
     _BACKLOG_MAX = 64
     _IDLE_SECONDS = 0.5
 
-    def __init__(self, cache: FrameCache, counters: ReadCounters) -> None:
+    def __init__(
+        self,
+        cache: FrameCache,
+        counters: ReadCounters,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self._cache = cache
         self._counters = counters
+        self._on_idle = on_idle
+        self._untidy = False
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"prefetch-{i}", daemon=True)
@@ -75,26 +82,34 @@ class Prefetcher:
         self._queue.put(frame)
         return True
 
-    def wake(self) -> None:
-        """Have a thread look whether there are slabs to collapse once it is idle."""
-        if self._cache.slabs.collapsible and self._queue.empty():
-            self._queue.put(_NOTHING)
+    def loaded(self) -> None:
+        """Note that a frame was loaded, so that there is something to tidy up later."""
+        if not self._untidy:
+            self._untidy = True
+            self._queue.put(_NOTHING)  # wakes a thread that waits without end
 
     def _work(self) -> None:
-        slabs = self._cache.slabs
         while True:
-            patience = self._IDLE_SECONDS if slabs.collapsible else None
             try:
-                frame = self._queue.get(timeout=patience)
+                frame = self._queue.get(timeout=self._IDLE_SECONDS if self._untidy else None)
             except queue.Empty:
-                while slabs.collapsible and self._queue.empty():
-                    slabs.collapse()
+                self._tidy()
                 continue
             if frame is None:
                 return
             if frame and frame not in self._cache.entries:
                 self._counters.prefetches += 1
                 self._cache.prefetch(frame)
+                self._untidy = True
+
+    def _tidy(self) -> None:
+        if not self._untidy:  # another thread does it
+            return
+        self._untidy = False
+        slabs = self._cache.slabs
+        while slabs.collapsible and self._queue.empty():
+            slabs.collapse()
+        self._on_idle()
 
     def close(self) -> None:
         """Stop the threads and wait for them."""
@@ -179,7 +194,7 @@ class ImageReader:
                 entry = self._cache.get(frame)
             except DedupError as error:
                 raise self._located(error, offset) from error
-            self._prefetcher.wake()
+            self._prefetcher.loaded()
         else:
             self._counters.hits += 1
         self._cache.touch(entry)

@@ -112,13 +112,19 @@ class Session:
         self.loader = self.store.loader()
         self.counters = ReadCounters()
         self.cache = FrameCache(config.cache_bytes, self.loader.load)
-        self._prefetcher = Prefetcher(self.cache, self.counters)
+        self._prefetcher = Prefetcher(self.cache, self.counters, self._forget_cached_pages)
         self.open_exports = 0
 
     def close(self) -> None:
         """Stop the readahead and close the store; every export must be closed."""
         self._prefetcher.close()
         self.store.close()
+
+    def _forget_cached_pages(self) -> None:
+        """While the cache has room, what it holds is not needed a second time, compressed, in the
+        kernel's. A full one is better off with the kernel's behind it."""
+        if self.cache.has_room:
+            self.store.env.forget_cached_pages()
 
     def exports(self) -> Iterator[str]:
         """The names that are served now, those of the first `image=` first."""

@@ -95,7 +95,7 @@ class SilentPrefetcher:
         self.asked.append(frame)
         return True
 
-    def wake(self) -> None:
+    def loaded(self) -> None:
         pass
 
 

@@ -129,7 +129,7 @@ def test_idle_readahead_collapses_what_reads_have_filled(monkeypatch: pytest.Mon
         for frame in range(1, 30):
             cache.get(frame)
         assert cache.slabs.collapsible
-        prefetcher.wake()
+        prefetcher.loaded()
         deadline = time.monotonic() + PATIENCE_SECONDS
         while cache.slabs.collapsible and time.monotonic() < deadline:
             time.sleep(0.01)
