@@ -28,10 +28,11 @@ _FRAMES_AHEAD = 16
 _CACHE_BYTES = 128 << 20
 _ZEROS = bytes(1 << 20)
 
+Progress = Callable[[int, int], None]
+"""Gets (bytes done since the last call, bytes in all)."""
 
-def export_image(
-    store: Store, name: str, target: Path | None, on_progress: Callable[[int, int], None]
-) -> None:
+
+def export_image(store: Store, name: str, target: Path | None, on_progress: Progress) -> None:
     """Write image `name` to `target`, or to standard output for None.
 
     Raises ImageNotFoundError, TargetError, ChunkDamagedError. An unfinished file is removed.
@@ -39,20 +40,10 @@ def export_image(
     manifest = store.open_manifest(name)
     try:
         with _opened(target) as file:
-            seekable = target is not None and stat.S_ISREG(os.fstat(file).st_mode)
-            for start, data in _pieces(store, name, manifest):
-                if isinstance(data, int):
-                    if not seekable:
-                        _write_zeros(file, data)
-                    on_progress(data, manifest.size)
-                    continue
-                if seekable:
-                    _write(file, data, start)
-                else:
-                    _write(file, data, None)
-                on_progress(len(data), manifest.size)
-            if seekable:
-                os.ftruncate(file, manifest.size)
+            if target is not None and stat.S_ISREG(os.fstat(file).st_mode):
+                _write_file(store, name, manifest, file, on_progress)
+            else:
+                _write_stream(store, name, manifest, file, on_progress)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -89,40 +80,84 @@ def _opened(target: Path | None) -> Iterator[int]:
             partial.unlink(missing_ok=True)
 
 
-def _pieces(store: Store, name: str, manifest: Manifest) -> Iterator[tuple[int, memoryview | int]]:
-    """(offset, bytes, or the length of a hole) over the image, in order."""
+def _write_file(
+    store: Store, name: str, manifest: Manifest, file: int, on_progress: Progress
+) -> None:
+    """Write an image into a regular file: each worker loads a frame and writes where its contents
+    belong; holes are left out."""
     cache = FrameCache(_CACHE_BYTES, store.loader().load)
-    frames = _frames_in_order(manifest)
-    entry: Entry | None = None
-    ahead: deque[Future[Entry]] = deque()
     starts, refs = manifest.starts, manifest.refs
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for run, ref in enumerate(refs):
+
+    def write(runs: range) -> int:
+        entry = _use(cache, refs[runs[0]] >> fmt.REF_SLOT_BITS, name, starts[runs[0]])
+        for run in runs:
             start, length = starts[run], starts[run + 1] - starts[run]
-            if ref == fmt.REF_HOLE:
-                yield start, length
-                continue
-            frame = ref >> fmt.REF_SLOT_BITS
-            while len(ahead) < _FRAMES_AHEAD and (upcoming := next(frames, 0)):
-                ahead.append(pool.submit(cache.use, upcoming))
-            if entry is None or entry.frame != frame:
-                entry = _next(ahead, name, start)
-            yield start, _slice(entry, ref, length, name, start)
+            _write(file, _slice(entry, refs[run], length, name, start), start)
+        return starts[runs[-1] + 1] - starts[runs[0]]
+
+    def finish(written: Future[int]) -> None:
+        on_progress(written.result(), manifest.size)
+
+    under_way: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            for runs in _visits(manifest):
+                if refs[runs[0]] == fmt.REF_HOLE:
+                    on_progress(starts[runs[-1] + 1] - starts[runs[0]], manifest.size)
+                    continue
+                under_way.append(pool.submit(write, runs))
+                if len(under_way) > _FRAMES_AHEAD:
+                    finish(under_way.popleft())
+            for written in under_way:
+                finish(written)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    os.ftruncate(file, manifest.size)
 
 
-def _frames_in_order(manifest: Manifest) -> Iterator[int]:
-    """The frames of an image in the order a front-to-back reader changes between them."""
-    previous = 0
-    for ref in manifest.refs:
-        frame = ref >> fmt.REF_SLOT_BITS
-        if frame and frame != previous:
-            yield frame
-            previous = frame
+def _visits(manifest: Manifest) -> Iterator[range]:
+    """The runs of an image, those that follow each other in one frame, or are holes, together."""
+    begin, frame = 0, 0
+    for run, ref in enumerate(manifest.refs):
+        if ref >> fmt.REF_SLOT_BITS != frame:
+            if run > begin:
+                yield range(begin, run)
+            begin, frame = run, ref >> fmt.REF_SLOT_BITS
+    if begin < len(manifest.refs):
+        yield range(begin, len(manifest.refs))
 
 
-def _next(ahead: deque[Future[Entry]], name: str, offset: int) -> Entry:
+def _write_stream(
+    store: Store, name: str, manifest: Manifest, file: int, on_progress: Progress
+) -> None:
+    """Write an image in order, holes as zeros: into pipes and devices."""
+    cache = FrameCache(_CACHE_BYTES, store.loader().load)
+    starts, refs = manifest.starts, manifest.refs
+    visits = list(_visits(manifest))
+    upcoming = (runs for runs in visits if refs[runs[0]] != fmt.REF_HOLE)
+    ahead: deque[Future[Entry]] = deque()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for runs in visits:
+            start, end = starts[runs[0]], starts[runs[-1] + 1]
+            while len(ahead) < _FRAMES_AHEAD and (following := next(upcoming, None)):
+                at = following[0]
+                ahead.append(
+                    pool.submit(_use, cache, refs[at] >> fmt.REF_SLOT_BITS, name, starts[at])
+                )
+            if refs[runs[0]] == fmt.REF_HOLE:
+                _write_zeros(file, end - start)
+            else:
+                entry = ahead.popleft().result()
+                for run in runs:
+                    length = starts[run + 1] - starts[run]
+                    _write(file, _slice(entry, refs[run], length, name, starts[run]), None)
+            on_progress(end - start, manifest.size)
+
+
+def _use(cache: FrameCache, frame: int, name: str, offset: int) -> Entry:
     try:
-        return ahead.popleft().result()
+        return cache.use(frame)
     except ChunkDamagedError as error:
         error.image, error.offset = name, offset
         raise

@@ -50,8 +50,8 @@ class Prefetcher:
     """Threads that load frames ahead of readers, so that one reader can use two cores.
 
     Requests beyond what the threads can keep up with are dropped: readahead that comes late is
-    work done twice. Once nothing was loaded for a while, one of them tidies up: it collapses the
-    cache's slabs into huge pages and calls `on_idle`. Thread-safe.
+    work done twice. Once nothing was loaded for a while, one of them tidies up: it calls `on_idle`
+    and collapses the cache's slabs into huge pages. Thread-safe.
     """
 
     _BACKLOG_MAX = 64
@@ -106,10 +106,10 @@ class Prefetcher:
         if not self._untidy:  # another thread does it
             return
         self._untidy = False
+        self._on_idle()
         slabs = self._cache.slabs
         while slabs.collapsible and self._queue.empty():
             slabs.collapse()
-        self._on_idle()
 
     def close(self) -> None:
         """Stop the threads and wait for them."""

@@ -22,7 +22,10 @@ _HUGE_PAGE_BYTES = 2 * MIB
 _SLABS_PER_HUGE_PAGE = _HUGE_PAGE_BYTES // SLAB_BYTES
 # Slabs beyond the budget, for frames that were evicted while somebody still reads them.
 _SPARE = 16
-_MADV_COLLAPSE = 25  # Linux 6.1, /usr/include/linux/mman.h; Python's mmap does not know it
+# linux/mman.h, since 5.14 and 6.1. Python's mmap knows neither, and would hold the GIL.
+_MADV_POPULATE_WRITE = 23
+_MADV_COLLAPSE = 25
+_madvise = ctypes.CDLL(None).madvise
 
 
 class Slab:
@@ -72,9 +75,11 @@ class Slabs:
             index = self._free.pop()
         except IndexError:
             return None
+        at = index * SLAB_BYTES
         if index >= self._used:
             self._used = index + 1
-        at = index * SLAB_BYTES
+            # All its page faults at once, and not while the copy holds the GIL.
+            self._advise(at, SLAB_BYTES, _MADV_POPULATE_WRITE)
         return Slab(self._memory[at : at + SLAB_BYTES], index, self._free)
 
     @property
@@ -88,9 +93,11 @@ class Slabs:
         with self._lock:
             if not self.collapsible:
                 return
-            start = self._address + self._collapsed * _HUGE_PAGE_BYTES
+            at = self._collapsed * _HUGE_PAGE_BYTES
             self._collapsed += 1
-        # A kernel that cannot leaves everything as it is.
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE
-        )
+        self._advise(at, _HUGE_PAGE_BYTES, _MADV_COLLAPSE)
+
+    def _advise(self, at: int, length: int, advice: int) -> None:
+        """madvise(2) without the GIL. A kernel that cannot leaves everything as it is."""
+        start = ctypes.c_void_p(self._address + at)
+        _madvise(start, ctypes.c_size_t(length), advice)

@@ -38,6 +38,26 @@ assert len(digests) == len(connections)
 print(*set(digests))
 """
 
+THREADS = """\
+import os
+
+pid, count = map(int, arguments)
+
+
+def threads():
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+before = threads()
+connections = [connect() for _ in range(count)]
+for h in connections:
+    for at in range(0, 1 << 20, 1 << 16):
+        h.pread(1 << 16, at)
+print(threads() - before)
+for h in connections:
+    h.shutdown()
+"""
+
 PREFETCH = """\
 h = connect()
 for at in range(0, h.get_size(), 1 << 20):
@@ -100,6 +120,12 @@ def test_concurrent_first_reads_load_each_frame_once(
     digests = running.client(READ_IN_PARALLEL, "base", "8").split()
     assert len(digests) == 1
     assert store_reads(running)[0] == len(store_dir.frames_of("base"))
+
+
+def test_a_connection_has_one_thread(server: Servers) -> None:
+    """More would hand the GIL to one another and cost memory: docs/concurrency.md."""
+    running = server()
+    assert int(running.client(THREADS, "base", str(running.process.pid), "6")) == 6
 
 
 @pytest.mark.parametrize("budget", [0, 300_000, 2 << 20])

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -61,10 +62,15 @@ def main() -> int:
         parser.error(f"no suite {', '.join(unknown)} (there are {', '.join(SUITES)})")
     images = corpus.images(options.corpus)
     report = Report()
+    failed = False
     for suite in options.suites or SUITES:
         report.suite = suite
         with tempfile.TemporaryDirectory(prefix="dedupbench-", dir=options.corpus) as work:
-            SUITES[suite](Bench(images, Path(work), options.rounds, report))
+            try:
+                SUITES[suite](Bench(images, Path(work), options.rounds, report))
+            except Exception:  # the figures of the others are worth having
+                traceback.print_exc()
+                failed = True
     machine = _machine()
     print(f"\n{', '.join(machine.values())}")
     print("\n".join(report.lines()))
@@ -72,7 +78,7 @@ def main() -> int:
         options.json.write_text(json.dumps(_document(machine, report), indent=2) + "\n")
     if options.plots:
         plots.draw(report.curves, options.plots)
-    return 0
+    return int(failed)
 
 
 def _document(machine: dict[str, str], report: Report) -> dict[str, Any]:

@@ -84,12 +84,18 @@ class _Prompt:
         self._cache.prefetch(frame)
         return True
 
+    def loaded(self) -> None:
+        """Nothing to tidy."""
+
 
 class _Never:
     """No readahead."""
 
     def request(self, frame: int) -> bool:  # noqa: ARG002 - as the product's
         return False
+
+    def loaded(self) -> None:
+        """Nothing to tidy."""
 
 
 @dataclass(frozen=True, slots=True)
