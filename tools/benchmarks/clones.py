@@ -7,13 +7,15 @@ case: one process, so one set of libraries and buffers for all copies. The copie
 sharing their blocks on disk (reflinks) would share no page cache.
 
 Memory is the server's anonymous memory and the page cache of the files behind it (the store's
-data.mdb; the copies that were read), after caches were dropped and exactly these clones were read.
+data.mdb; the copies that were read), after caches were dropped and exactly these clones were read,
+and two idle seconds later: what a server keeps, on either side.
 
     tools/bench clones
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tools.benchmarks.processes import (
@@ -29,6 +31,7 @@ from tools.benchmarks.serving import FILE, file_plugin, fio, plugin, store_with
 
 _COUNTS = (1, 2, 4, 8, 16)
 _MEMORY_RATIO = 12.0
+_IDLE_SECONDS = 2
 
 
 def clones(bench: Bench) -> None:
@@ -71,6 +74,7 @@ def clones(bench: Bench) -> None:
 def _memory(server: Server, names: list[str], files: list[Path]) -> float:
     drop_caches()
     _read(server, names)
+    time.sleep(_IDLE_SECONDS)
     return server.memory_bytes() + page_cache_bytes(*files)
 
 

@@ -30,7 +30,7 @@ def draw(curves: Sequence[Curve], directory: Path) -> list[Path]:
 def _draw(plot: str, curves: list[Curve], directory: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for curve in curves:
-        theirs = not curve.label.startswith(("dedupstore", "ours"))
+        theirs = "dedupstore" not in curve.label and not curve.label.startswith("ours")
         axes.plot(curve.x, curve.y, "o--" if theirs else "o-", label=curve.label, markersize=4)
     axes.set(title=plot, xlabel=curves[0].x_label, ylabel=curves[0].y_label)
     if _spans([x for curve in curves for x in curve.x]):
