@@ -9,7 +9,6 @@ over all processes, readers never block and are never blocked.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -30,6 +29,7 @@ from dedupstore.errors import (
     StoreNotFoundError,
     StoreVersionError,
 )
+from dedupstore.memory import advise
 from dedupstore.pages import verify_header, verify_trees
 
 DATA_FILE = "data.mdb"
@@ -210,9 +210,7 @@ class Environment:
             try:
                 # Mapped pages stay in the page cache: out of our own page tables first.
                 for start, length in _mappings(os.fstat(file)):
-                    ctypes.CDLL(None).madvise(
-                        ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED
-                    )
+                    advise(start, length, mmap.MADV_DONTNEED)
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(file)

@@ -110,7 +110,7 @@ def _write_file(
                     finish(under_way.popleft())
             for written in under_way:
                 finish(written)
-        except BaseException:
+        except BaseException:  # whatever it was, what has not begun need not be written
             pool.shutdown(cancel_futures=True)
             raise
     os.ftruncate(file, manifest.size)

@@ -16,16 +16,13 @@ import threading
 from contextlib import suppress
 
 from dedupstore.constants import FRAME_BYTES_MAX, MIB
+from dedupstore.memory import MADV_COLLAPSE, MADV_POPULATE_WRITE, advise
 
 SLAB_BYTES = FRAME_BYTES_MAX
 _HUGE_PAGE_BYTES = 2 * MIB
 _SLABS_PER_HUGE_PAGE = _HUGE_PAGE_BYTES // SLAB_BYTES
 # Slabs beyond the budget, for frames that were evicted while somebody still reads them.
 _SPARE = 16
-# linux/mman.h, since 5.14 and 6.1. Python's mmap knows neither, and would hold the GIL.
-_MADV_POPULATE_WRITE = 23
-_MADV_COLLAPSE = 25
-_madvise = ctypes.CDLL(None).madvise
 
 
 class Slab:
@@ -79,7 +76,7 @@ class Slabs:
         if index >= self._used:
             self._used = index + 1
             # All its page faults at once, and not while the copy holds the GIL.
-            self._advise(at, SLAB_BYTES, _MADV_POPULATE_WRITE)
+            advise(self._address + at, SLAB_BYTES, MADV_POPULATE_WRITE)
         return Slab(self._memory[at : at + SLAB_BYTES], index, self._free)
 
     @property
@@ -95,9 +92,4 @@ class Slabs:
                 return
             at = self._collapsed * _HUGE_PAGE_BYTES
             self._collapsed += 1
-        self._advise(at, _HUGE_PAGE_BYTES, _MADV_COLLAPSE)
-
-    def _advise(self, at: int, length: int, advice: int) -> None:
-        """madvise(2) without the GIL. A kernel that cannot leaves everything as it is."""
-        start = ctypes.c_void_p(self._address + at)
-        _madvise(start, ctypes.c_size_t(length), advice)
+        advise(self._address + at, _HUGE_PAGE_BYTES, MADV_COLLAPSE)

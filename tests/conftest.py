@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,6 +153,16 @@ def keys_of(store: Store, database: str) -> list[bytes]:
     with store.env.read() as txn:
         cursor = txn.cursor(db=getattr(store.env, database))
         return [bytes(key) for key in cursor.iternext(values=False)]
+
+
+def hammered(work: Callable[[], None]) -> None:
+    """Run with threads that change as often as the interpreter allows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        work()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:

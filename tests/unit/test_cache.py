@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 
 from dedupstore import cache as cache_module
 from dedupstore.cache import ENTRY_OVERHEAD_BYTES, Entry, FrameCache
 from dedupstore.errors import ChunkDamagedError
-from tests.conftest import in_threads
+from tests.conftest import hammered, in_threads
 
 SIZE = 10_000
 COST = Entry(0, bytes(SIZE), (0, SIZE)).cost
@@ -346,13 +345,3 @@ def test_accounts_stay_right_under_threads() -> None:
     hammered(lambda: in_threads(4, work))
     assert_sound(cache, budget)
     assert cache._flights == {}
-
-
-def hammered(work: Callable[[], None]) -> None:
-    """Run with threads that change as often as the interpreter allows."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        work()
-    finally:
-        sys.setswitchinterval(interval)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.conftest import (
     SilentPrefetcher,
     blocks,
     flip_record,
+    hammered,
     in_threads,
     keys_of,
     noise,
@@ -182,12 +182,7 @@ def test_counters_are_exact_under_threads(store: Store, add: Add) -> None:
             for _ in range(rounds):
                 reader.read(buffer, offset)
 
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            in_threads(4, work)
-        finally:
-            sys.setswitchinterval(interval)
+        hammered(lambda: in_threads(4, work))
         assert counters.bytes == 4 * rounds * length
         assert counters.hits == 4 * rounds
         assert counters.errors == 0
