@@ -7,10 +7,10 @@ caller's transaction and is as thread-safe as that.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 
@@ -23,6 +23,8 @@ from dedupstore.errors import (
     StoreDamagedError,
     UsageError,
 )
+
+_T = TypeVar("_T")
 
 _ARCHIVE_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".tar", ".tgz", ".txz", ".tbz2", ".tzst")
 _IMAGE_SUFFIXES = (".erofs", ".img", ".raw", ".iso", ".ext4", ".squashfs")
@@ -132,6 +134,19 @@ def read_summary(txn: lmdb.Transaction, env: Environment, digest: bytes) -> fmt.
     return fmt.decode_manifest_summary(manifest_record(txn, env, digest), digest)
 
 
+def read_derived(
+    txn: lmdb.Transaction, env: Environment, key: bytes, decode: Callable[[fmt.Buffer, bytes], _T]
+) -> _T | None:
+    """A record of database `meta` that is made anew when it is missing; damaged, it is missing."""
+    record = txn.get(key, db=env.meta)
+    if record is None:
+        return None
+    try:
+        return decode(record, key)
+    except StoreDamagedError:
+        return None
+
+
 def note_feature(txn: lmdb.Transaction, env: Environment, compatible: int) -> None:
     """Say in the superblock that the store has what a compatible feature flag stands for."""
     superblock = fmt.decode_superblock(txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b"")
@@ -147,13 +162,8 @@ def find_view(
     txn: lmdb.Transaction, env: Environment, image: bytes, kind: int
 ) -> fmt.ViewRecord | None:
     """The view of a kind (fmt.VIEW_*) of an image digest, if it is there, sound and complete."""
-    key = fmt.view_key(image, kind)
-    record = txn.get(key, db=env.meta)
-    if record is None:
-        return None
-    try:
-        view = fmt.decode_view(record, key)
-    except StoreDamagedError:
+    view = read_derived(txn, env, fmt.view_key(image, kind), fmt.decode_view)
+    if view is None:
         return None
     needed = (view.digest, *view.homes)
     if all(txn.get(digest, db=env.manifests) is not None for digest in needed):
@@ -186,11 +196,9 @@ def list_views(
 def view_digests(txn: lmdb.Transaction, env: Environment, image: bytes) -> Iterator[bytes]:
     """The digests of an image's views, complete or not; damaged ones are passed over."""
     for kind in (fmt.VIEW_KERNEL, fmt.VIEW_POOL):
-        key = fmt.view_key(image, kind)
-        record = txn.get(key, db=env.meta)
-        if record is not None:
-            with suppress(StoreDamagedError):
-                yield fmt.decode_view(record, key).digest
+        view = read_derived(txn, env, fmt.view_key(image, kind), fmt.decode_view)
+        if view is not None:
+            yield view.digest
 
 
 def split_views(

@@ -19,7 +19,6 @@ import lmdb
 from dedupstore import catalog
 from dedupstore import format as fmt
 from dedupstore.env import Environment
-from dedupstore.errors import StoreDamagedError
 from dedupstore.imported import Imported
 
 # A file changed more recently than this when its import began is not remembered: a further change
@@ -77,17 +76,10 @@ def import_unchanged(env: Environment, path: Path, name: str) -> Imported | None
 def find(txn: lmdb.Transaction, env: Environment, file: fmt.FileState) -> fmt.OriginRecord | None:
     """The image that `file` holds, if the file was imported, is unchanged since, and the store
     still has the image."""
-    key = fmt.origin_key(file)
-    record = txn.get(key, db=env.meta)
-    if record is None:
+    origin = catalog.read_derived(txn, env, fmt.origin_key(file), fmt.decode_origin)
+    if origin is None or origin.file != file:
         return None
-    try:
-        origin = fmt.decode_origin(record, key)
-    except StoreDamagedError:
-        return None  # derived data: the file is read again
-    if origin.file != file or txn.get(origin.digest, db=env.manifests) is None:
-        return None
-    return origin
+    return None if txn.get(origin.digest, db=env.manifests) is None else origin
 
 
 def remember(txn: lmdb.Transaction, env: Environment, origin: fmt.OriginRecord) -> None:
@@ -100,9 +92,6 @@ def forget(txn: lmdb.Transaction, env: Environment, digests: set[bytes] | None =
     """Forget the files of images in `digests`, or all files; damaged records in any case."""
     keys = [bytes(key) for key in txn.cursor(db=env.meta).iternext(values=False)]
     for key in filter(fmt.is_origin_key, keys):
-        try:
-            origin = fmt.decode_origin(txn.get(key, db=env.meta) or b"", key)
-        except StoreDamagedError:
-            origin = None
+        origin = catalog.read_derived(txn, env, key, fmt.decode_origin)
         if digests is None or origin is None or origin.digest in digests:
             txn.delete(key, db=env.meta)
