@@ -26,6 +26,7 @@ class ServerOptions:
     images: Sequence[str] = ()
     cache: str | None = None
     metrics: Path | None = None
+    files: Path | None = None
 
 
 def plugin_path() -> Path:
@@ -50,4 +51,6 @@ def server_command(options: ServerOptions, *extra: str) -> list[str]:
         command.append(f"cache={options.cache}")
     if options.metrics is not None:
         command.append(f"metrics={options.metrics}")
+    if options.files is not None:
+        command.append(f"files={options.files}")
     return command

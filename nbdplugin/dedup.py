@@ -1,6 +1,7 @@
 """nbdkit plugin: every image of a store as a read-only export, from one shared cache.
 
     nbdkit python nbdplugin/dedup.py [store=DIR] [image=NAME|GLOB]... [cache=SIZE] [metrics=PATH]
+           [files=DIR]
 
 store=DIR      the store; default $DEDUPSTORE, else as for the command line
 image=NAME     an image to serve, or a glob; may be repeated; default every image. The export name
@@ -8,6 +9,7 @@ image=NAME     an image to serve, or a glob; may be repeated; default every imag
 cache=SIZE     bound of the shared cache in bytes (nbdkit's sizes: 512M, 2G); default an eighth of
                memory, at most 4G
 metrics=PATH   unix socket to serve Prometheus text on
+files=DIR      an empty directory in which each export is a file too, named by its digest; for root
 
 Callbacks only: the logic is `nbdplugin.session`. Each connection has one thread, which the
 callbacks run on; what they call is thread-safe.
@@ -16,6 +18,7 @@ callbacks run on; what they call is thread-safe.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import site
@@ -52,6 +55,7 @@ _SIZE = re.compile("[0-9]{1,15}[bBsSkKmMgGtTpPeE]?", re.ASCII)
 _config = Config(store=default_store(os.environ, os.getuid()).absolute())
 _session: Session
 _metrics: Any = None
+_files: Any = None
 
 
 # nbdkit logs an exception by calling traceback.format_exception. An expected failure is one line.
@@ -85,33 +89,43 @@ def config(key: str, value: str) -> None:
             raise UsageError(f"cache={value}: not a size (such as 512M or 2G)") from None
     elif key == "metrics":
         _config.metrics = Path(value).expanduser().absolute()
+    elif key == "files":
+        _config.files = Path(value).expanduser().absolute()
     else:
-        raise UsageError(f"{key}=: unknown parameter (known: store, image, cache, metrics)")
+        known = "store, image, cache, metrics, files"
+        raise UsageError(f"{key}=: unknown parameter (known: {known})")
 
 
 def thread_model() -> int:
     # Connections in parallel, the requests of one in turn: sixteen threads for each connection
     # spend more on handing Python's lock to one another than they gain (docs/concurrency.md).
-    # Clients that want more open more connections: kernel, nbdfuse and nbdcopy do so themselves.
+    # Clients that want more open more connections: kernel and nbdcopy do so themselves.
     return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
 
 def get_ready() -> None:
     _config.validate()
+    # Imported only when asked for, which saves 50 ms; and now, while somebody sees a failure.
+    if _config.metrics is not None:
+        importlib.import_module("nbdplugin.metrics")
+    if _config.files is not None:
+        importlib.import_module("nbdplugin.files").require_mountable(_config.files)
 
 
 def after_fork() -> None:
     # Only now: neither LMDB nor threads survive the fork with which nbdkit daemonises.
-    global _session, _metrics
+    global _session, _metrics, _files
     threadstate.install()
     _session = Session(_config)
     if _config.metrics is not None:
-        from nbdplugin.metrics import MetricsServer  # noqa: PLC0415 - 50 ms, only when asked for
-
-        _metrics = MetricsServer(_config.metrics, _session)
+        _metrics = sys.modules["nbdplugin.metrics"].MetricsServer(_config.metrics, _session)
+    if _config.files is not None:
+        _files = sys.modules["nbdplugin.files"].ExportFiles(_session, _config.files)
 
 
 def cleanup() -> None:
+    if _files is not None:
+        _files.close()
     if _metrics is not None:
         _metrics.close()
     if "_session" in globals():

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dedupstore import syscalls
 from dedupstore.errors import MountError
 from dedupstore.mounts import kernel
 from dedupstore.mounts.attachments import Attachment
@@ -28,12 +29,12 @@ from dedupstore.mounts.sharing import KERNEL, POOL, domain
 EROFS = "erofs"
 TREE, DATA = "tree", "data"
 # File-backed EROFS mounts: refused before Linux 6.12; directio came later. Without it the kernel
-# keeps nbdfuse's file in its cache as well: 307 MB for an image of 150.
+# keeps the server's file in its cache as well: 307 MB for an image of 150.
 _FILE_OPTIONS = ("directio", "")
 _FILE_BACKED_SINCE = (6, 12)
-# Readahead of a file-backed mount. The kernel's 128 KiB bound the requests, each of which goes
-# through nbdfuse: with this much a cold tar of a Debian root takes a fifth less time; four times as
-# much adds nothing.
+# Readahead of a file-backed mount. The kernel's 128 KiB bound the requests, each of which wakes the
+# server: with this much a cold tar of a Debian root takes a fifth less time; four times as much
+# adds nothing.
 _READ_AHEAD_KIB = 1024
 # Layers that only hold data came with Linux 6.5; before, views of a pool are ordinary layers, and
 # the tree hides their only directory by a whiteout.
@@ -55,7 +56,7 @@ class Call:
     def run(self) -> None:
         """Mount. Raises OSError."""
         self.target.mkdir(exist_ok=True)
-        kernel.mount(self.source, self.target, self.fstype, kernel.MS_RDONLY, self.options)
+        syscalls.mount(self.source, self.target, self.fstype, syscalls.MS_RDONLY, self.options)
 
     def lines(self) -> list[str]:
         """The same for a shell."""
@@ -116,7 +117,7 @@ def _plan_erofs(attachment: Attachment, store_uuid: str) -> list[str]:
 
 
 def _mount_file(attachment: Attachment, share: str) -> bool:
-    """Mount nbdfuse's file; False if this kernel mounts devices only."""
+    """Mount the server's file; False if this kernel mounts devices only."""
     before = kernel.read_ahead_knobs(EROFS)
     calls = [
         Call(attachment.file, attachment.anchor, EROFS, _joined(options, share))

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dedupstore import syscalls
 from dedupstore.mounts import devices, kernel
-from dedupstore.mounts.devices import Roots, fuse_file
-from dedupstore.mounts.servers import ensure_server, stop_server
+from dedupstore.mounts.devices import Roots
+from dedupstore.mounts.servers import ensure_file, ensure_server, stop_server
 from dedupstore.mounts.state import Export, Record, Runtime, Target, load_record, save_record
 
 # The kernel finishes taking a loop device off its file after the call that asked for it.
 _LOOP_SECONDS = 2.0
-_FILES = ("record.new", "nbdfuse.pid", "nbdfuse.log", "record.json")
+_FILES = ("img", "record.new", "record.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,9 @@ class Attachment:
 
     @property
     def file(self) -> Path:
-        """nbdfuse's file, where there is no nbd device."""
-        return fuse_file(self.directory)
+        """The server's file, where there is no nbd device. Bind-mounted to a place of its own, so
+        that the kernel says whether anything still uses it."""
+        return self.directory / "img"
 
     @property
     def anchor(self) -> Path:
@@ -81,7 +83,7 @@ class Attachment:
         return devices.responds(self.file)
 
     def ensure_device(self) -> Path:
-        """The block device; for nbdfuse a loop device is made. Raises OSError."""
+        """The block device; over a file a loop device is made. Raises OSError."""
         return self.device or kernel.attach_loop(self.file, self.block_bytes)
 
     def save(self) -> None:
@@ -130,7 +132,8 @@ def ensure(
     made.directory.mkdir(mode=0o700)
     try:
         if not _connect_nbd(runtime, made):
-            devices.start_nbdfuse(made.directory, socket, export.name)
+            _bind_file(ensure_file(runtime, target.store, export), made.file)
+            made.record.socket = str(runtime.socket)
             made.save()
     except BaseException:
         release(made)
@@ -173,17 +176,23 @@ def plan(
     roots: Roots,
 ) -> tuple[Attachment, list[str]]:
     """What `ensure` would make where nothing is found, and the shell commands that do it.
-    `device`: the nbd device that it would take, None for nbdfuse."""
+    `device`: the nbd device that it would take, None for the server's file."""
     made = _new(runtime, target, export, socket, roots)
     if device is None:
-        mkdir = shlex.join(["mkdir", "-p", str(made.file.parent)])
-        fuse = shlex.join(devices.nbdfuse_command(made.directory, socket, export.name))
-        pidfile = shlex.quote(str(made.directory / "nbdfuse.pid"))
-        wait = f"until [ -s {pidfile} ]; do sleep 0.1; done"
-        return made, [mkdir, f"{fuse} &", wait]
+        source = runtime.files / export.digest
+        return made, [
+            shlex.join(["mkdir", "-p", str(made.directory)]),
+            shlex.join(["touch", str(made.file)]),
+            shlex.join(["mount", "--bind", str(source), str(made.file)]),
+        ]
     made.record.device = str(device)
     command = devices.nbd_client_command(device, socket, export.name, made.block_bytes)
     return made, [shlex.join(command)]
+
+
+def _bind_file(source: Path, file: Path) -> None:
+    file.touch()
+    syscalls.mount(source, file, None, syscalls.MS_BIND)
 
 
 def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
@@ -260,7 +269,7 @@ def release(attachment: Attachment) -> bool:
     directory = attachment.directory
     if not (kernel.try_unmount(attachment.top) and kernel.try_unmount(attachment.anchor)):
         return False
-    had_loop = bool(kernel.loops_over(attachment.file))
+    loops = kernel.loops_over(attachment.file)
     if not _drop_loop(attachment):
         return False
     if attachment.record.device is not None:
@@ -270,11 +279,12 @@ def release(attachment: Attachment) -> bool:
             return False
         if ours:
             devices.disconnect_nbd(device, attachment.roots)
-    if not devices.stop_nbdfuse(directory, patience_seconds=_LOOP_SECONDS if had_loop else 0):
+    patience = _LOOP_SECONDS if loops else 0
+    if not devices.wait(lambda: kernel.try_unmount(attachment.file), patience):
         return False
     for name in _FILES:
         (directory / name).unlink(missing_ok=True)
-    for path in (attachment.file.parent, attachment.anchor, attachment.top, directory):
+    for path in (attachment.anchor, attachment.top, directory):
         if path.exists():
             path.rmdir()
     return True

@@ -1,32 +1,28 @@
-"""The two ways to turn an export into something the kernel can mount.
+"""Block devices for exports: nbd devices, and loop devices over the server's files.
 
 nbd-client over the unix socket makes a /dev/nbdN, where the kernel has nbd and a device is free.
-nbdfuse makes a file, everywhere else; EROFS mounts it directly or a loop device goes over it. Owns
-their command lines, waiting until they are ready, and letting them go; not which image or why.
+Owns its command lines, waiting until a device is ready, and letting it go; not which image or why.
 `Roots` are the kernel's directories, so that tests can lay out devices that this machine lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from dedupstore.constants import GRID_BYTES
 from dedupstore.errors import ProgramError
 from dedupstore.mounts import kernel
-from dedupstore.mounts.programs import last_line, run_program
+from dedupstore.mounts.programs import run_program
 from dedupstore.programs import find_program
 
 # The server answers on all of them in parallel; more did not read faster on two cores.
 _CONNECTIONS = 4
-# One for each image or view that is mounted at a time; what is more goes through nbdfuse.
+# One for each image or view that is mounted at a time; what is more goes through FUSE.
 _NBDS_MAX = 128
 _READY_SECONDS = 30.0
 _EXIT_SECONDS = 5.0
@@ -76,7 +72,7 @@ def load_nbd(roots: Roots) -> None:
 
 
 def free_nbd(roots: Roots) -> Path | None:
-    """The first nbd device that nobody has; None also without nbd-client: nbdfuse then does as
+    """The first nbd device that nobody has; None also without nbd-client: a file then does as
     well."""
     return next(free_nbds(roots), None)
 
@@ -120,7 +116,7 @@ def connect_nbd(
     run_program(nbd_client_command(device, socket, export, block), _READY_SECONDS)
     sectors = size // _SECTOR_BYTES
     sysfs = roots.sys / "block" / device.name
-    if not _wait(lambda: (sysfs / "pid").exists() and _sectors(sysfs) == sectors, _READY_SECONDS):
+    if not wait(lambda: (sysfs / "pid").exists() and _sectors(sysfs) == sectors, _READY_SECONDS):
         disconnect_nbd(device, roots)
         raise ProgramError("nbd-client", f"{device} did not become ready")
 
@@ -129,7 +125,7 @@ def disconnect_nbd(device: Path, roots: Roots) -> None:
     """Disconnect a device and wait until the kernel has let go of it. Raises ProgramError."""
     command = [find_program("nbd-client", "nbd-client"), "-d", str(device)]
     run_program(command, _READY_SECONDS)
-    _wait(lambda: not (roots.sys / "block" / device.name / "pid").exists(), _EXIT_SECONDS)
+    wait(lambda: not (roots.sys / "block" / device.name / "pid").exists(), _EXIT_SECONDS)
 
 
 def _nbd_pid(device: Path, roots: Roots) -> int:
@@ -146,72 +142,7 @@ def _sectors(block: Path) -> int:
         return 0
 
 
-# --- nbdfuse ---
-
-
-def fuse_file(directory: Path) -> Path:
-    """The file that nbdfuse makes for the attachment in `directory`."""
-    return directory / "dev" / "img"
-
-
-def nbdfuse_command(directory: Path, socket: Path, export: str) -> list[str]:
-    """Make the export a file, in the foreground."""
-    uri = f"nbd+unix:///{quote(export, safe='')}?socket={quote(str(socket))}"
-    pidfile = str(directory / "nbdfuse.pid")
-    return [
-        *(find_program("nbdfuse", "libnbd-bin"), "-r", "-C", str(_CONNECTIONS)),
-        *("-P", pidfile, str(fuse_file(directory)), uri),
-    ]
-
-
-def start_nbdfuse(directory: Path, socket: Path, export: str) -> None:
-    """Run nbdfuse in the background until its file is there.
-
-    Raises ProgramError; nothing runs then, but `directory` keeps what was put there.
-    """
-    command = nbdfuse_command(directory, socket, export)
-    fuse_file(directory).parent.mkdir(exist_ok=True)
-    pidfile, log = directory / "nbdfuse.pid", directory / "nbdfuse.log"
-    with log.open("wb") as errors:
-        # In a session of its own, it outlives this command; nobody waits for it.
-        process = subprocess.Popen(
-            command,
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-        )
-    try:
-        _wait(lambda: _has_text(pidfile) or process.poll() is not None, _READY_SECONDS)
-        if not _has_text(pidfile) or process.poll() is not None:
-            raise ProgramError("nbdfuse", last_line(log.read_text()) or "did not become ready")
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-
-
-def stop_nbdfuse(directory: Path, *, patience_seconds: float) -> bool:
-    """Unmount nbdfuse's file, which ends nbdfuse. False: the kernel still reads from the file."""
-    mountpoint = fuse_file(directory).parent
-    if not _wait(lambda: kernel.try_unmount(mountpoint), patience_seconds):
-        return False
-    try:
-        pid = int((directory / "nbdfuse.pid").read_text())
-    except (OSError, ValueError):
-        return True
-
-    def ended() -> bool:
-        return str(fuse_file(directory)) not in kernel.command_line(pid)
-
-    if not _wait(ended, _EXIT_SECONDS):  # it waits for a server that hangs
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return True
-
-
-# --- both ---
+# --- devices and files ---
 
 
 def responds(path: Path) -> bool:
@@ -237,17 +168,11 @@ def loop_command(file: Path, block: int) -> list[str]:
     return ["losetup", *options, str(file)]
 
 
-def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+def wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Look until a condition holds, at least once; False if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL_SECONDS)
     return True
-
-
-def _has_text(path: Path) -> bool:
-    try:
-        return bool(path.read_text().strip())
-    except OSError:
-        return False

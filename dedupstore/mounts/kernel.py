@@ -2,9 +2,6 @@
 
 Owns no state and no policy. Functions raise OSError as the kernel does; callers know what was
 wanted and make the message. Thread-safe.
-
-mount(2) is called directly: mount(8) 2.38 silently puts a loop device under a regular file, which
-a file-backed EROFS mount is there to avoid.
 """
 
 from __future__ import annotations
@@ -18,17 +15,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-MS_RDONLY = 1
-MS_REMOUNT = 32
-MS_BIND = 4096
+from dedupstore.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, unmount
+
 # What one mount of a file system may forbid, by mount(8)'s names.
-RESTRICTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8}
+RESTRICTIONS = {"nosuid": MS_NOSUID, "nodev": MS_NODEV, "noexec": MS_NOEXEC}
 
 _FSOPEN, _FSCONFIG = 430, 431  # the same numbers on every architecture
 _FSOPEN_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING = 0, 1
-
-_OPTIONS_BYTES_MAX = os.sysconf("SC_PAGE_SIZE")
 
 _LOOP_CONTROL = "/dev/loop-control"
 _LOOP_CONFIGURE = 0x4C0A
@@ -43,30 +37,6 @@ assert _LOOP_CONFIG.size == 304
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def mount(source: Path, target: Path, fstype: str | None, flags: int, options: str = "") -> None:
-    """mount(2); no `fstype` for a bind mount. Options that are too long are E2BIG: the kernel would
-    cut them off without a word."""
-    if len(options) >= _OPTIONS_BYTES_MAX:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), str(target))
-    result = _libc.mount(
-        os.fsencode(source),
-        os.fsencode(target),
-        None if fstype is None else fstype.encode(),
-        ctypes.c_ulong(flags),
-        options.encode() or None,
-    )
-    _check(result, target)
-
-
-def unmount(target: Path) -> None:
-    """umount2(2), never lazily: EBUSY is how the kernel says that something is still in use.
-
-    The last component is not followed if it is a symbolic link.
-    """
-    umount_nofollow = 8
-    _check(_libc.umount2(os.fsencode(target), umount_nofollow), target)
 
 
 def try_unmount(directory: Path) -> bool:
@@ -96,12 +66,6 @@ def knows_option(fstype: str, option: str, value: str | None = None) -> bool:
         return bool(_libc.syscall(_FSCONFIG, context, command, option.encode(), raw, 0) == 0)
     finally:
         os.close(context)
-
-
-def _check(result: int, path: Path) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
 
 
 @dataclass(frozen=True, slots=True)

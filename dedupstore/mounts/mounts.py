@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dedupstore import syscalls
 from dedupstore.errors import MountError
 from dedupstore.mounts import anchors, attachments, devices, kernel
 from dedupstore.mounts.anchors import EROFS
@@ -144,8 +145,8 @@ class Host:
                 else:
                     # The kernel gives a device that is mounted already the same superblock again.
                     device = attachment.ensure_device()
-                    flags = kernel.MS_RDONLY | _flags(restrictions)
-                    kernel.mount(device, directory, fstype, flags)
+                    flags = syscalls.MS_RDONLY | _flags(restrictions)
+                    syscalls.mount(device, directory, fstype, flags)
             except OSError as error:
                 what = f"mounting {target.name!r} on {directory}"
                 raise MountError(f"{what} as {fstype}: {error.strerror}") from None
@@ -289,20 +290,29 @@ class Host:
         """The commands up to the devices, and the attachments as they are or would be."""
         runtime = Runtime(self.run, target.store_uuid)
         socket = find_server(runtime, target.store, target.export)
-        lines, planned = [], []
-        if socket is None:
-            start = shlex.join(start_command(runtime, target.store))
-            lines += [shlex.join(["mkdir", "-p", str(runtime.path)]), start]
         free = devices.free_nbds(self.roots)
+        lines, planned = [], []
         for export in exports:
             attachment = attachments.find(runtime, export.digest, share, self.roots)
             if attachment is None:
+                device = next(free, None)
+                if device is None and socket != runtime.socket:
+                    socket = None  # only the server of the runtime directory makes files
                 attachment, commands = attachments.plan(
-                    runtime, target, export, socket or runtime.socket, next(free, None), self.roots
+                    runtime, target, export, socket or runtime.socket, device, self.roots
                 )
                 lines += commands
             planned.append(attachment)
-        return lines, planned
+        return (lines if socket else [*self._plan_server(runtime, target), *lines]), planned
+
+    @staticmethod
+    def _plan_server(runtime: Runtime, target: Target) -> list[str]:
+        files = shlex.quote(str(runtime.files))
+        return [
+            f"mkdir -p {files}",
+            shlex.join(start_command(runtime, target.store)),
+            f"until mountpoint -q {files}; do sleep 0.1; done",
+        ]
 
 
 def _require_root(command: str) -> None:
@@ -333,19 +343,19 @@ def _flags(restrictions: Sequence[str]) -> int:
 
 def _bind(source: Path, directory: Path, flags: int) -> None:
     """A bind mount; its flags take a second step, without which it must not stay."""
-    kernel.mount(source, directory, None, kernel.MS_BIND)
+    syscalls.mount(source, directory, None, syscalls.MS_BIND)
     if flags:
         try:
-            again = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY
-            kernel.mount(source, directory, None, again | flags)
+            again = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY
+            syscalls.mount(source, directory, None, again | flags)
         except OSError:
-            kernel.unmount(directory)
+            syscalls.unmount(directory)
             raise
 
 
 def _unmount(directory: Path) -> None:
     try:
-        kernel.unmount(directory)
+        syscalls.unmount(directory)
     except OSError as error:
         reason = "in use" if error.errno == errno.EBUSY else error.strerror
         raise MountError(f"{directory}: {reason}") from None

@@ -1,8 +1,9 @@
 """The nbdkit server that a store's devices read from: found, started, stopped.
 
 One server per store is the point: it is one cache. A running `dedupstore serve` on its default
-socket is used if it serves every image; otherwise this tool starts its own in the runtime
-directory, and stops it when nothing is attached any more. Callers hold the runtime's lock.
+socket is used for nbd devices if it serves every image; otherwise this tool starts its own in the
+runtime directory, and stops it when nothing is attached any more. Only its own makes exports files,
+for where there is no nbd. Callers hold the runtime's lock.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ from dedupstore.mounts.handshake import export_digest
 from dedupstore.mounts.programs import run_program
 from dedupstore.mounts.state import Export, Runtime
 from dedupstore.server import ServerOptions, server_command
+from dedupstore.syscalls import abort_mount
 
 # Where `dedupstore serve` listens, in the store's directory.
 SERVE_SOCKET = "nbd.sock"
 
+_FUSE = Path("/dev/fuse")
 _ANSWER_SECONDS = 20.0
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 
 
 def start_command(runtime: Runtime, store: Path) -> list[str]:
-    """The command line of this tool's own server."""
-    options = ServerOptions(store, runtime.socket, metrics=runtime.metrics)
+    """The command line of this tool's own server; `runtime.files` has to be there."""
+    options = ServerOptions(
+        store,
+        runtime.socket,
+        metrics=runtime.metrics,
+        files=runtime.files if _FUSE.exists() else None,
+    )
     return server_command(options, "--pidfile", str(runtime.pidfile))
 
 
@@ -39,22 +47,13 @@ def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
 
     Raises MountError when this tool's own server runs but hangs, or does not serve it.
     """
-    own = runtime.socket
-    for socket in (own, store / SERVE_SOCKET):
-        try:
-            digest = export_digest(socket, export.name, _ANSWER_SECONDS)
-        except (ConnectionRefusedError, FileNotFoundError):
-            continue
-        except OSError as error:
-            if socket == own:
-                raise MountError(f"{own}: the store's server does not answer: {error}") from None
-            continue
-        if digest == export.digest:
-            return socket
-        if socket == own:
-            what = f"{own}: the store's server does not serve {export.digest[:16]}"
-            raise MountError(f"{what} (removed meanwhile? try again)")
-    return None
+    if _own_serves(runtime, export):
+        return runtime.socket
+    try:
+        served = export_digest(store / SERVE_SOCKET, export.name, _ANSWER_SECONDS)
+    except OSError:
+        return None
+    return store / SERVE_SOCKET if served == export.digest else None
 
 
 def ensure_server(runtime: Runtime, store: Path, export: Export) -> Path:
@@ -63,15 +62,43 @@ def ensure_server(runtime: Runtime, store: Path, export: Export) -> Path:
     Raises ProgramError when nbdkit is missing or fails, and as `find_server`.
     """
     found = find_server(runtime, store, export)
-    if found is not None:
-        return found
+    if found is None:
+        _start(runtime, store, export)
+    return found or runtime.socket
+
+
+def ensure_file(runtime: Runtime, store: Path, export: Export) -> Path:
+    """The export as a file of this tool's own server, started if need be. Raises as
+    `ensure_server`, and MountError where this machine has no FUSE."""
+    if not _own_serves(runtime, export):
+        _start(runtime, store, export)
+    if not kernel.is_mounted(runtime.files):
+        raise MountError(f"no nbd device is free and there is no {_FUSE} (modprobe nbd or fuse)")
+    return runtime.files / export.digest
+
+
+def _own_serves(runtime: Runtime, export: Export) -> bool:
+    """Whether this tool's own server runs. Raises MountError if it does not serve the export."""
+    socket = runtime.socket
+    try:
+        digest = export_digest(socket, export.name, _ANSWER_SECONDS)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise MountError(f"{socket}: the store's server does not answer: {error}") from None
+    if digest != export.digest:
+        what = f"{socket}: the store's server does not serve {export.digest[:16]}"
+        raise MountError(f"{what} (removed meanwhile? try again)")
+    return True
+
+
+def _start(runtime: Runtime, store: Path, export: Export) -> None:
     _forget(runtime)
+    runtime.files.mkdir(mode=0o700)
     # nbdkit listens before it daemonises: when this returns, connecting works.
     run_program(start_command(runtime, store), _START_SECONDS)
-    found = find_server(runtime, store, export)
-    if found is None:
+    if not _own_serves(runtime, export):
         raise ProgramError("nbdkit", "ended as soon as it was started (see the system log)")
-    return found
 
 
 def stop_server(runtime: Runtime) -> None:
@@ -100,3 +127,8 @@ def _own_pid(runtime: Runtime) -> int | None:
 def _forget(runtime: Runtime) -> None:
     for path in (runtime.socket, runtime.pidfile, runtime.metrics):
         path.unlink(missing_ok=True)
+    # What is mounted from a dead server's files keeps them; it is no longer in the way here.
+    if kernel.is_mounted(runtime.files):
+        abort_mount(runtime.files)
+    if runtime.files.exists():
+        runtime.files.rmdir()

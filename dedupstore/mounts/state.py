@@ -5,12 +5,12 @@
       <store uuid>/
         lock                    held by whoever changes anything below
         nbd.sock nbd.pid        the server that this tool started; metrics.sock, its metrics
+      files/                  that server's exports as files
         <digest[:32]>.<n>/      an attachment: one image or view on one device
           record.json           a Record, replaced atomically
-          dev/img               nbdfuse's file
+          img                   the server's file, a bind mount of it, where there is no nbd
           mnt/                  the EROFS mount of that device or file
           top/                  the overlay over it, for pool views
-          nbdfuse.pid nbdfuse.log
 
 Owns layout, locks and records; knows nothing about devices. A record that cannot be read counts as
 none. Not thread-safe: one process, one lock.
@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 
 from dedupstore.errors import MountError
@@ -77,7 +78,7 @@ class Record:
     `digest`, `size` and `kind` are those of the export it reads, `image` is the image's digest and
     `name` its name when it was attached; `socket` is the server's. `share` is how it is mounted;
     `homes` are the digests of the exports that its mounts read from, besides its own. `device`: the
-    nbd device, None with nbdfuse; `claims`: the names that `attach` gave the device out for;
+    nbd device, None with a file; `claims`: the names that `attach` gave the device out for;
     `mounts`: the name that each directory was mounted by.
     """
 
@@ -130,6 +131,7 @@ class Runtime:
         self.socket = self.path / "nbd.sock"
         self.pidfile = self.path / "nbd.pid"
         self.metrics = self.path / "metrics.sock"
+        self.files = self.path / "files"
 
     def create(self) -> None:
         """Make the directories. Raises MountError if they are not private to this user."""
@@ -166,10 +168,8 @@ class Runtime:
         """Where the next attachment of a content goes; not created. An older one may still be
         there, dead but mounted."""
         taken = {path.name for path in self.directories()}
-        number = 0
-        while f"{digest[:32]}.{number}" in taken:
-            number += 1
-        return self.path / f"{digest[:32]}.{number}"
+        names = (f"{digest[:32]}.{i}" for i in count())
+        return self.path / next(name for name in names if name not in taken)
 
 
 def runtimes(run: Path) -> list[Runtime]:

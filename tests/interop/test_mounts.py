@@ -1,4 +1,4 @@
-"""attach, detach, mount and umount on this machine: real nbdkit, nbdfuse, loop and EROFS mounts.
+"""attach, detach, mount and umount on this machine: real nbdkit, FUSE, loop and EROFS mounts.
 
 The nbd devices that this kernel may lack are in tests/unit/test_nbd_devices.py.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from dedupstore import syscalls
 from dedupstore.cli import serving
 from dedupstore.errors import MountError
 from dedupstore.mounts import kernel, servers, sharing
@@ -86,9 +87,9 @@ class MountRig:
     def server(self) -> int:
         return int((self.runtime / "nbd.pid").read_text())
 
-    def fuses(self) -> list[int]:
-        """The nbdfuse processes, by what they left on disk."""
-        return [int(path.read_text()) for path in self.runtime.glob("*/nbdfuse.pid")]
+    def devices(self) -> list[Path]:
+        """What the attachments read from."""
+        return sorted(self.runtime.glob("*/img"))
 
     def metrics(self) -> dict[str, int]:
         return read_metrics(self.runtime / "metrics.sock")
@@ -125,15 +126,16 @@ def loops_below(directory: Path) -> list[Path]:
 
 
 def processes_with(text: str) -> list[int]:
-    """The nbdkit and nbdfuse processes with `text` in their arguments; zombies have none."""
+    """The nbdkit processes with `text` in their arguments; zombies have none."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             arguments = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        is_ours = Path(os.fsdecode(arguments[0])).name in ("nbdkit", "nbdfuse")
-        if is_ours and text.encode() in b"\0".join(arguments):
+        if Path(os.fsdecode(arguments[0])).name == "nbdkit" and text.encode() in b"\0".join(
+            arguments
+        ):
             found.append(int(path.parent.name))
     return found
 
@@ -152,7 +154,6 @@ def kill(*pids: int) -> None:
 def rig(store_dir: StoreDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountRig]:
     require_root()
     require_nbdkit()
-    require_program("nbdfuse")
     base = Path(tempfile.mkdtemp(prefix="ds-", dir="/tmp"))
     rig = MountRig(store_dir, base)
     monkeypatch.setenv("DEDUPSTORE_RUN", str(rig.run))
@@ -232,7 +233,7 @@ def test_mount_is_a_file_backed_one_that_any_user_reads(rig: MountRig, images: I
     rig.base.chmod(0o755)
     directory = rig.mount("base")
     (point,) = (p for p in kernel.mount_table() if p.directory == directory)
-    assert (point.fstype, Path(point.source).name) == ("erofs", "img")
+    assert (point.fstype, [Path(point.source)]) == ("erofs", rig.devices())
     assert loops_below(rig.base) == []
     name = "directory-1/file-11"
     copy = subprocess.run(["cat", directory / name], user=NOBODY, capture_output=True, check=True)
@@ -253,8 +254,8 @@ def test_clone_shares_the_superblock_and_its_reads_reach_neither_server_nor_stor
     # One direct read asked whether the device still works; not one came from the file system.
     assert after["dedup_read_bytes_total"] - before["dedup_read_bytes_total"] == mmap.PAGESIZE
     assert rig.mount("derived").stat().st_dev != first.stat().st_dev
-    assert len(rig.fuses()) == 2
-    assert len(processes_with(str(rig.runtime / "nbd.sock"))) == 3
+    assert len(rig.devices()) == 2
+    assert len(processes_with(str(rig.runtime / "nbd.sock"))) == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -262,14 +263,14 @@ def test_last_umount_in_any_order_ends_device_and_server(
     rig: MountRig, order: tuple[int, ...]
 ) -> None:
     directories = [rig.mount("base"), rig.mount("clone")]
-    server, (fuse,) = rig.server(), rig.fuses()
+    server, (file,) = rig.server(), rig.devices()
     for position in order:
         assert is_running(server)
-        assert is_running(fuse)
+        assert file.exists()
         assert all(read_all(directories[i]) for i in order[order.index(position) :])
         rig.umount(directories[position])
     assert not is_running(server)
-    assert not is_running(fuse)
+    assert not file.exists()
     rig.assert_nothing_left()
 
 
@@ -292,7 +293,7 @@ def test_list_says_what_is_mounted_and_attached(rig: MountRig) -> None:
     status = first.stat()
     common = {
         "share": "none",
-        "device": str(next(rig.runtime.glob("*.0")) / "dev" / "img"),
+        "device": str(next(rig.runtime.glob("*.0")) / "img"),
         "via": "file",
         "fstype": "erofs",
         "superblock": f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}",
@@ -383,7 +384,7 @@ def test_image_and_clone_are_one_overlay(rig: MountRig, roots: tuple[Path, Path]
     rig.store.do("clone", "one", "same")
     first, second = rig.mount("one", "pool"), rig.mount("same", "pool")
     assert first.stat().st_dev == second.stat().st_dev
-    assert len(rig.fuses()) == 1
+    assert len(rig.devices()) == 1
     before = rig.metrics()["dedup_read_bytes_total"]
     read_all(first)
     between = rig.metrics()["dedup_read_bytes_total"]
@@ -415,10 +416,10 @@ def test_home_stays_as_long_as_an_overlay_reads_from_it(
     rig.umount(rig.mount("one", "pool"))
     rig.assert_nothing_left()
     second = rig.mount("two", "pool")  # attaches the view of one, too
-    assert len(rig.fuses()) == 2
+    assert len(rig.devices()) == 2
     assert [mount["name"] for mount in rig.listed()["mounts"]] == ["two"]
     first = rig.mount("one", "pool")
-    assert len(rig.fuses()) == 2
+    assert len(rig.devices()) == 2
     rig.umount(first)
     rig.store.do("rm", "one")
     rig.store.do("gc")
@@ -509,13 +510,9 @@ def test_dry_run_of_a_pool_mount_names_both_views_and_the_overlay(
     rig.store.do("mount", "--share=pool", "--dry-run", "one", directory)  # derives the home
     plan = rig.store.do("mount", "--share=pool", "--dry-run", "two", directory)
     assert not rig.run.exists()
-    script = plan.replace(" &\n", " >/dev/null 2>&1 &\n").replace(
-        "mount -t erofs", "mount -i -t erofs"
-    )
-    names = [line.split()[0] for line in script.splitlines()]
-    assert [Path(name).name for name in names].count("nbdfuse") == 2
-    assert "lowerdir=" in script
-    assert script.splitlines()[-1].startswith("mount --bind ")
+    assert plan.count("mount -t erofs") == 2
+    assert "lowerdir=" in plan
+    assert plan.splitlines()[-1].startswith("mount --bind ")
 
 
 # --- devices ---
@@ -679,12 +676,11 @@ def test_mount_8_and_fstab_mount_by_type(
     assert "no image named 'none'" in done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # nbdfuse
 def test_kernel_without_file_backed_mounts_gets_a_loop_device(
     rig: MountRig, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Linux before 6.12 says to a file-backed mount, everything else real."""
-    mount_2 = kernel.mount
+    mount_2 = syscalls.mount
 
     def before_6_12(
         source: Path, target: Path, fstype: str | None, flags: int, options: str = ""
@@ -693,7 +689,7 @@ def test_kernel_without_file_backed_mounts_gets_a_loop_device(
             raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), str(source))
         mount_2(source, target, fstype, flags, options)
 
-    monkeypatch.setattr(kernel, "mount", before_6_12)
+    monkeypatch.setattr(syscalls, "mount", before_6_12)
     directories = rig.directory(), rig.directory()
     host = Host(rig.run)
     for name, directory in zip(("base", "clone"), directories, strict=True):
@@ -723,20 +719,18 @@ def test_two_mounts_at_once_start_one_server_and_one_device(rig: MountRig) -> No
     ]
     assert [process.wait(60) for process in started] == [0, 0, 0, 0]
     assert len(processes_with(str(rig.runtime / "nbd.pid"))) == 1
-    assert len(rig.fuses()) == 2
+    assert len(rig.devices()) == 2
     assert len({directory.stat().st_dev for directory in directories}) == 2
     stopped = [subprocess.Popen([*command[:-2], "umount", path]) for path in directories]
     assert [process.wait(60) for process in stopped] == [0, 0, 0, 0]
     rig.assert_nothing_left()
 
 
-@pytest.mark.parametrize("victims", ["server", "both"])
 def test_after_a_kill_umount_works_and_so_does_the_next_mount(
-    rig: MountRig, images: Images, victims: str
+    rig: MountRig, images: Images
 ) -> None:
     dead = rig.mount("base")
-    processes = {"server": [rig.server()], "device": rig.fuses()}
-    kill(*processes["server"], *(processes["device"] if victims == "both" else ()))
+    kill(rig.server())
     alive = rig.mount("base")  # beside the dead one
     assert describe(alive) == describe(images.base_tree)
     assert alive.stat().st_dev != dead.stat().st_dev
@@ -747,7 +741,7 @@ def test_after_a_kill_umount_works_and_so_does_the_next_mount(
 
 def test_attach_after_a_kill_gives_a_device_that_reads(rig: MountRig, images: Images) -> None:
     rig.attach("base")
-    kill(rig.server(), *rig.fuses())
+    kill(rig.server())
     data = images.base.read_bytes()
     assert read_direct(rig.attach("clone"), len(data)) == data
     assert len(loops_below(rig.base)) == 1
@@ -758,7 +752,7 @@ def test_attach_after_a_kill_gives_a_device_that_reads(rig: MountRig, images: Im
 def test_what_umount_8_leaves_goes_with_the_next_command(rig: MountRig) -> None:
     run("umount", rig.mount("base"))
     directory = rig.mount("derived")
-    assert len(rig.fuses()) == 1
+    assert len(rig.devices()) == 1
     rig.umount(directory)
     rig.assert_nothing_left()
 
@@ -788,7 +782,7 @@ def test_overlay_keeps_the_device_until_it_goes_itself(rig: MountRig, images: Im
     rig.assert_nothing_left()
 
 
-def test_running_serve_is_used_and_left_alone(rig: MountRig, images: Images) -> None:
+def test_running_serve_is_left_alone_where_there_is_no_nbd(rig: MountRig, images: Images) -> None:
     assert servers.SERVE_SOCKET == serving.SOCKET_NAME
     serve = subprocess.Popen([DEDUPSTORE, "--store", rig.store.path, "serve", "base"])
     socket = rig.store.path / serving.SOCKET_NAME
@@ -796,10 +790,7 @@ def test_running_serve_is_used_and_left_alone(rig: MountRig, images: Images) -> 
         wait_until(socket.exists)
         base = rig.mount("base")
         assert describe(base) == describe(images.base_tree)
-        assert not (rig.runtime / "nbd.pid").exists()
-        derived = rig.mount("derived")  # not served there
-        assert is_running(rig.server())
-        rig.umount(derived)
+        assert is_running(rig.server())  # it alone makes files
         rig.umount(base)
         assert serve.poll() is None
         rig.assert_nothing_left()
@@ -817,7 +808,7 @@ def test_dry_run_changes_nothing_and_its_commands_do_what_attach_does(
 ) -> None:
     plan = rig.store.do("attach", "--dry-run", "base")
     assert not rig.run.exists()
-    device = Path(run("sh", "-e", "-c", plan.replace(" &\n", " >/dev/null 2>&1 &\n")).strip())
+    device = Path(run("sh", "-e", "-c", plan).strip())
     data = images.base.read_bytes()
     assert read_direct(device, len(data)) == data
     rig.umount(rig.mount("derived"))  # takes down what has no record
@@ -827,9 +818,9 @@ def test_dry_run_changes_nothing_and_its_commands_do_what_attach_does(
 def test_dry_run_of_mount_names_server_device_and_mounts(rig: MountRig) -> None:
     directory = rig.directory()
     words = [line.split()[0] for line in plan_lines(rig, "base", directory)]
-    assert [Path(word).name for word in words] == [
-        *("mkdir", "nbdkit", "mkdir", "nbdfuse", "until", "mkdir", "mount", "mount")
-    ]
+    assert " ".join(Path(word).name for word in words) == (
+        "mkdir nbdkit until mkdir touch mount mkdir mount mount"
+    )
     rig.mount("base")
     (line,) = plan_lines(rig, "clone", directory)
     assert line.startswith("mount --bind ")
@@ -896,14 +887,8 @@ def test_missing_program_is_named_with_its_package(
 ) -> None:
     programs = rig.base / "bin"
     programs.mkdir()
-    for name in ("nbdkit", "dd", "nbdfuse"):
-        (programs / name).symlink_to(shutil.which(name) or name)
+    (programs / "dd").symlink_to(shutil.which("dd") or "dd")
     monkeypatch.setenv("PATH", str(programs))
-    (programs / "nbdfuse").unlink()
-    line = rig.store.refuse("attach", "base")
-    assert line == "dedupstore: nbdfuse: not found (install the package libnbd-bin)"
-    rig.assert_nothing_left()
-    (programs / "nbdkit").unlink()
     assert "nbdkit: not found (install the package nbdkit)" in rig.store.refuse("attach", "base")
     rig.assert_nothing_left()
 

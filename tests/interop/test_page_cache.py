@@ -15,7 +15,7 @@ import pytest
 
 from dedupstore.mounts import sharing
 from tests.interop.rig import StoreDirectory, require_nbdkit
-from tests.programs import require_program, require_root, unavailable
+from tests.programs import require_root, unavailable
 from tests.vm.rig import debian_roots, new_bytes
 from tools.guests import inside
 
@@ -32,7 +32,6 @@ def store() -> Iterator[StoreDirectory]:
     """base, derived and clone, as in tests/vm."""
     require_root()
     require_nbdkit()
-    require_program("nbdfuse")
     roots = debian_roots()
     with tempfile.TemporaryDirectory(prefix="ds-", dir="/var/tmp") as directory:
         store = StoreDirectory(Path(directory) / "store")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
     ("errors", "constants", "imported", "memory"),
-    ("format", "erofs", "chunker", "pages", "location", "programs", "archives"),
+    ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "syscalls"),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),
     ("cache", "manifest", "sources", "building", "pooling", "origins"),

@@ -35,7 +35,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dedupstore.mounts import devices, kernel
+from dedupstore import syscalls
+from dedupstore.mounts import kernel
 from tools.benchmarks.processes import DEDUPSTORE, PLUGIN, drop_caches, nbdkit, run, serving
 
 # Raised when what is recorded changes: older traces are then recorded anew.
@@ -46,6 +47,7 @@ _CLONES = (3, 4, 3)
 _LANES = 3
 _HOST_STEPS = 16
 _UNMOUNT_SECONDS = 10.0
+_CONNECTIONS = 4  # as many as a mount on an nbd device has
 _SCRIPT_SECONDS = 120
 _CONNECT = re.compile(r"connection=(\d+) Connect export=(\S+) ")
 _READ = re.compile(r"connection=(\d+) Read id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+) ")
@@ -98,9 +100,17 @@ class Guest:
         self.clone = clone
         self._directory = directory
         self._root = directory / "root"
-        self._file = devices.fuse_file(directory)
-        self._root.mkdir(parents=True)
-        devices.start_nbdfuse(directory, socket, clone)
+        self._file = directory / "dev" / "img"
+        for path in (self._root, self._file.parent):
+            path.mkdir(parents=True)
+        # Not by `dedupstore mount`, whose files share what is to be recorded request by request.
+        uri = f"nbd+unix:///{clone}?socket={socket}"
+        command = ["nbdfuse", "-r", "-C", str(_CONNECTIONS), str(self._file), uri]
+        self._fuse = subprocess.Popen(command, cwd="/", stderr=subprocess.DEVNULL)
+        while not self._file.exists():
+            if self._fuse.poll() is not None:
+                raise RuntimeError(f"{self._file}: nbdfuse has ended")
+            time.sleep(0.02)
 
     @property
     def is_base(self) -> bool:
@@ -115,7 +125,7 @@ class Guest:
     def boot(self) -> None:
         """Mount, with an empty page cache."""
         try:
-            kernel.mount(self._file, self._root, "erofs", kernel.MS_RDONLY, "directio")
+            syscalls.mount(self._file, self._root, "erofs", syscalls.MS_RDONLY, "directio")
         except OSError:
             run("mount", "-t", "erofs", "-o", "ro,loop", self._file, self._root)
 
@@ -126,7 +136,8 @@ class Guest:
     def close(self) -> None:
         """Halt and let the device go."""
         self.halt()
-        devices.stop_nbdfuse(self._directory, patience_seconds=_UNMOUNT_SECONDS)
+        _unmount(self._file.parent)
+        self._fuse.wait(_UNMOUNT_SECONDS)
 
     def list(self) -> None:
         """Read every directory and inode."""
