@@ -66,3 +66,7 @@ GC_REWRITE_BYTES = 16 * MIB
 
 # Frames that one write transaction of gc deletes.
 GC_DELETE_FRAMES = 4096
+
+# Runs of free pages that compaction gives back in one hold of the write lock: other writers wait
+# for tens of milliseconds.
+COMPACT_RUNS = 1024

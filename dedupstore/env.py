@@ -185,6 +185,20 @@ class Environment:
             verify_trees(self.path, skip=skip)
         self._verified = True
 
+    def oldest_needed(self, txn: lmdb.Transaction) -> int:
+        """The oldest transaction whose snapshot somebody may still look at, as LMDB itself decides
+        it (`mdb_find_oldest`) before it uses pages again: the last commit's or a reader's. `txn` is
+        the write transaction, so no younger snapshot comes up meanwhile.
+
+        What transactions *before* this one gave up is in no reader's snapshot, nor in those of the
+        two meta pages.
+        """
+        with self._errors():
+            self._lmdb.reader_check()
+            rows = self._lmdb.readers().splitlines()
+        seen = (row.split()[-1] for row in rows)  # heading, then pid, thread, transaction or "-"
+        return min([txn.id() - 1, *(int(number) for number in seen if number.isdecimal())])
+
     def entries(self, txn: lmdb.Transaction, database: lmdb._Database) -> int:
         """Number of keys in a database."""
         return int(txn.stat(database)["entries"])
@@ -199,8 +213,12 @@ class Environment:
         return _translate(error, self.path)
 
     def file_bytes(self) -> int:
-        """Bytes that the data file occupies on disk."""
+        """Bytes that the data file occupies on disk. Its length says nothing: it may have holes."""
         return self.path.stat().st_blocks * 512
+
+    def file_length(self) -> int:
+        """Length of the data file, holes included."""
+        return self.path.stat().st_size
 
     def forget_cached_pages(self) -> None:
         """Give the kernel's copies of the data file's pages back, as far as no other process has

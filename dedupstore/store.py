@@ -33,7 +33,7 @@ from dedupstore.leases import Leases, create_lock_file, image_byte
 from dedupstore.manifest import Manifest
 
 if TYPE_CHECKING:
-    from dedupstore import gc
+    from dedupstore import compaction, gc
     from dedupstore.imported import Imported
     from dedupstore.imports import Importer
 
@@ -58,13 +58,15 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Sums over the store, in bytes where not counts."""
+    """Sums over the store, in bytes where not counts. `file_bytes` are what data.mdb occupies on
+    disk, `file_length` is how long it is: the rest are holes that compaction made."""
 
     images: int
     logical_bytes: int
     unique_bytes: int
     stored_bytes: int
     file_bytes: int
+    file_length: int
     chunks: int
     frames: int
     dedup_ratio: float
@@ -315,6 +317,19 @@ class Store:
         self.env.verify(skip=frozenset())
         return gc.Collector(self.env, self.path).run(dry_run=dry_run, on_progress=on_progress)
 
+    def compact(
+        self, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> compaction.Compacted:
+        """Give the disk space of free pages back to the file system. See compaction.compact.
+
+        Walks every page first, as gc does. Raises StoreDamagedError, and StoreAccessError where the
+        file system cannot do this.
+        """
+        from dedupstore import compaction  # noqa: PLC0415 - for gc only
+
+        self.env.verify(skip=frozenset())
+        return compaction.compact(self.env, on_progress or (lambda _done, _all: None))
+
     def stats(self) -> StoreStats:
         """Sums over the store."""
         with self.env.read() as txn:
@@ -327,6 +342,7 @@ class Store:
             unique_bytes=totals.unique_bytes,
             stored_bytes=totals.stored_bytes,
             file_bytes=self.env.file_bytes(),
+            file_length=self.env.file_length(),
             chunks=totals.chunks,
             frames=totals.frames,
             dedup_ratio=round(logical / totals.unique_bytes, 4) if totals.unique_bytes else 1.0,

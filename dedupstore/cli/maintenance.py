@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,23 +17,52 @@ from dedupstore.cli.output import (
     progress_to,
 )
 
+if TYPE_CHECKING:
+    from dedupstore.compaction import Compacted
+    from dedupstore.gc import Collected
+
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only report what would be reclaimed.")
+@click.option("--compact", is_flag=True, help="Then give free space back to the file system.")
 @json_option
 @pass_context
-def gc(context: Context, dry_run: bool, as_json: bool) -> None:
+def gc(context: Context, dry_run: bool, compact: bool, as_json: bool) -> None:
     """Reclaim what no image needs. Safe while images are served and imported."""
-    with context.open() as store, progress_to("gc", "frames") as on_progress:
-        collected = store.collect_garbage(dry_run=dry_run, on_progress=on_progress)
-    if as_json:
-        print_json(collected)
-        return
-    verb = "would reclaim" if dry_run else "reclaimed"
+    if compact and dry_run:
+        raise click.UsageError("--compact changes the store's file, --dry-run nothing")
+    compacted = None
+    with context.open() as store:
+        with progress_to("gc", "frames") as on_progress:
+            collected = store.collect_garbage(dry_run=dry_run, on_progress=on_progress)
+        if not as_json:
+            _show_collected(collected)
+        try:
+            if compact:
+                with progress_to("compact", "pages") as on_progress:
+                    compacted = store.compact(on_progress=on_progress)
+        finally:  # what gc has done is done
+            if as_json:
+                print_json({**asdict(collected), "compacted": compacted})
+    if compacted and not as_json:
+        _show_compacted(compacted)
+
+
+def _show_collected(collected: Collected) -> None:
+    verb = "would reclaim" if collected.dry_run else "reclaimed"
     click.echo(
         f"{verb} {human_bytes(collected.bytes)}: {collected.chunks} chunks, "
         f"{collected.manifests} manifests, {collected.drafts} drafts of dead imports"
     )
+
+
+def _show_compacted(compacted: Compacted) -> None:
+    held = (
+        f"; {human_bytes(compacted.bytes_held)} more were being read"
+        if compacted.bytes_held
+        else ""
+    )
+    click.echo(f"gave {human_bytes(compacted.bytes)} back to the file system{held}")
 
 
 @click.command()
@@ -87,7 +117,7 @@ def stats(context: Context, as_json: bool) -> None:
             "unique": f"{human_bytes(found.unique_bytes)} (dedup {found.dedup_ratio:.2f} x)",
             "stored": f"{human_bytes(found.stored_bytes)} "
             f"(compression {found.compression_ratio:.2f} x)",
-            "file": human_bytes(found.file_bytes),
+            "file": f"{human_bytes(found.file_bytes)} on disk",
             "chunks": str(found.chunks),
         }
     )

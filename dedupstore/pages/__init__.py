@@ -9,12 +9,13 @@ as unsupported, never walked: the store has none.
 Each module imports only from those before it: `findings` what is reported, `layout` the format of
 the file, `datafile` the open file and its meta pages, `pagemap` which pages are accounted for,
 `walk` the way through the trees, `header` the quick look before LMDB opens the file, `verify` the
-walks that callers ask for.
+walks that callers ask for, `freelist` the pages that are not in use.
 
 Thread-safe: every call opens the file anew and shares nothing.
 """
 
 from dedupstore.pages.findings import FREE_LIST, MAIN, META, Finding, PageReport
+from dedupstore.pages.freelist import FreePages, read_free_pages
 from dedupstore.pages.header import verify_header
 from dedupstore.pages.verify import verify_pages, verify_trees
 from dedupstore.pages.walk import FINDINGS_MAX, Progress
@@ -25,8 +26,10 @@ __all__ = [
     "MAIN",
     "META",
     "Finding",
+    "FreePages",
     "PageReport",
     "Progress",
+    "read_free_pages",
     "verify_header",
     "verify_pages",
     "verify_trees",

@@ -52,6 +52,9 @@ _PROGRESS_PAGES: Final = 4096
 Progress = Callable[[int, int], None]
 """Called with pages done and pages in all."""
 
+Freed = Callable[[int, Sequence[int]], None]
+"""Called with a transaction and pages that it gave up, a part of the free list at a time."""
+
 
 class EnoughError(Exception):
     """FINDINGS_MAX is reached."""
@@ -82,6 +85,7 @@ class Walk:
         *,
         on_progress: Progress | None,
         snapshot_held: bool,
+        on_free: Freed | None = None,
     ) -> None:
         self._file = file
         self._metas = metas
@@ -89,6 +93,7 @@ class Walk:
         self._on_progress = on_progress
         self._progress_at = _PROGRESS_PAGES
         self._snapshot_held = snapshot_held
+        self._on_free = on_free
         self._meta = meta = newest_meta(metas)
         self._page_bytes = meta.page_bytes if meta else PAGE_BYTES_ALLOWED[0]
         self._last_page = min(meta.last_page, last_page_max(meta, size)) if meta else 0
@@ -310,11 +315,12 @@ class Walk:
                 if flags == NODE_OVERFLOW:
                     at = U64.unpack_from(data, value)[0]
                     self._claim_run(at, size)
-                    self._free_pages(at, size, self._run_chunks(at, size))
+                    self._free_pages(transaction, at, size, self._run_chunks(at, size))
                 elif flags:
                     raise Fault(f"has a node with unsupported flags ({flags:#x})")
                 else:
-                    self._free_pages(at, size, iter((data[value : value + size],)))
+                    listed = iter((data[value : value + size],))
+                    self._free_pages(transaction, at, size, listed)
             except Fault as fault:
                 self._find(at if fault.page is None else fault.page, FREE_LIST, fault.reason)
 
@@ -328,7 +334,7 @@ class Walk:
                 raise Fault("lies beyond the end of the file")
             yield data
 
-    def _free_pages(self, at: int, size: int, chunks: Iterator[bytes]) -> None:
+    def _free_pages(self, transaction: int, at: int, size: int, chunks: Iterator[bytes]) -> None:
         """Enter a record of the free list, `size` bytes at page `at`, in `map`."""
         if size < ID_BYTES or size % ID_BYTES:
             raise Fault(f"holds a record of {size} bytes, which is no list of page numbers")
@@ -346,6 +352,8 @@ class Walk:
                     raise Fault(f"lists {count} pages in room for {room}")
             for taken in self.map.release(numbers, below):
                 self._find(at, FREE_LIST, f"lists page {taken}, which is in use or listed before")
+            if self._on_free is not None:
+                self._on_free(transaction, numbers)
             self._advance(free=len(numbers))
             if numbers:
                 below = numbers[-1]

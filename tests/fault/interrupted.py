@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.interop.rig import CHECKOUT, PATIENCE_SECONDS, wait_until
@@ -18,6 +19,7 @@ from dedupstore import constants
 constants.BATCH_BYTES = 1 << 19
 constants.GC_DELETE_FRAMES = 4
 constants.GC_REWRITE_BYTES = 256 << 10
+constants.COMPACT_RUNS = 1
 from dedupstore.cli import main
 main()
 """
@@ -33,6 +35,11 @@ def transactions(store: Path) -> int:
             for page in (0, 1)
         ]
     return max(numbers)
+
+
+def allocated(store: Path) -> int:
+    """Bytes that the store's file takes on disk."""
+    return (store / "data.mdb").stat().st_blocks * 512
 
 
 def start(store: Path, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -54,8 +61,15 @@ def stop_after(store: Path, commits: int, number: signal.Signals, *arguments: st
     Ctrl-C. Returns what it wrote on standard error; it may also have finished before the signal.
     """
     begin = transactions(store)
+    return stop_when(store, lambda: transactions(store) >= begin + commits, number, *arguments)
+
+
+def stop_when(
+    store: Path, reached: Callable[[], bool], number: signal.Signals, *arguments: str | Path
+) -> str:
+    """Like `stop_after`, as soon as `reached`."""
     with start(store, *arguments) as process:
-        wait_until(lambda: transactions(store) >= begin + commits or process.poll() is not None)
+        wait_until(lambda: reached() or process.poll() is not None)
         if process.poll() is None:
             if number == signal.SIGKILL:
                 process.kill()

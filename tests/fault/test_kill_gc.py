@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.interrupted import stop_after
+from tests.fault.interrupted import allocated, stop_after, stop_when
 from tests.interop.corpus import Images
 from tests.interop.rig import StoreDirectory
 
@@ -58,4 +58,28 @@ def test_image_removed_and_imported_again_around_a_killed_gc_is_whole(
     stop_after(store_dir.path, 7, signal.SIGKILL, "gc")
     store_dir.import_file(images.noise, "noise")
     store_dir.gc()
+    assert store_dir.export("noise") == images.noise.read_bytes()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_compaction_killed_anywhere_loses_nothing_and_the_next_one_finishes(
+    store_dir: StoreDirectory, images: Images, number: int
+) -> None:
+    store_dir.import_file(images.noise, "noise")
+    store_dir.remove("noise")
+    store_dir.gc()
+    before = allocated(store_dir.path)
+    stop_when(
+        store_dir.path,
+        lambda: allocated(store_dir.path) < before - number * (4 << 20),
+        signal.SIGKILL,
+        "gc",
+        "--compact",
+    )
+    store_dir.check()
+    for name in ("base", "derived", "ragged"):
+        assert store_dir.export(name) == getattr(images, name).read_bytes()
+    store_dir.do("gc", "--compact")
+    assert allocated(store_dir.path) < before - (15 << 20)
+    store_dir.import_file(images.noise, "noise")
     assert store_dir.export("noise") == images.noise.read_bytes()

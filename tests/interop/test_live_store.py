@@ -189,3 +189,31 @@ def test_gc_respects_what_another_server_has_open(
     store_dir.gc()
     assert staying.digest() == sha256(images.ragged)
     staying.leave()
+
+
+def test_compaction_disturbs_neither_servers_nor_the_next_import(
+    server: Servers, store_dir: StoreDirectory, images: Images
+) -> None:
+    store_dir.import_file(images.noise, "noise")
+    small, roomy = server("cache=0"), server()
+    readers = [
+        Reader(running.start_client(READ_ON_DEMAND, name))
+        for running in (small, roomy)
+        for name in ("base", "noise")
+    ]
+    assert readers[1].digest() == sha256(images.noise)
+    store_dir.remove("noise", "derived")
+    assert "gave" in store_dir.do("gc", "--compact")  # noise is leased: derived alone goes
+    wanted = [sha256(images.base), sha256(images.noise)] * 2
+    assert [reader.digest() for reader in readers] == wanted
+    readers.pop().leave()
+    readers.pop(1).leave()
+    before = store_dir.path.joinpath("data.mdb").stat().st_blocks
+    store_dir.do("gc", "--compact")
+    after = store_dir.path.joinpath("data.mdb").stat().st_blocks
+    assert (before - after) * 512 > 15 << 20
+    store_dir.import_file(images.noise, "noise")
+    assert {reader.digest() for reader in readers} == {sha256(images.base)}
+    assert small.read("noise") == images.noise.read_bytes()
+    for reader in readers:
+        reader.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -168,6 +169,7 @@ def test_stats_has_the_contracts_keys(run: Run) -> None:
     }
     assert stats["images"] == 2
     assert stats["logical_bytes"] == 100_000 + CDC_BYTES_MIN + 8192
+    assert stats["file_length"] >= stats["file_bytes"] > 0
     assert run("stats")[0] == 0
 
 
@@ -217,6 +219,35 @@ def test_gc_reclaims_and_dry_run_only_says_so(run: Run) -> None:
     assert promised["chunks"] > 0
     assert "would reclaim" in run("gc", "--dry-run")[1]
     assert document(run("gc", "--json"))["chunks"] == promised["chunks"]
+    assert "reclaimed 0 B" in run("gc")[1]
+
+
+def test_gc_compact_says_what_it_gave_back(run: Run) -> None:
+    run("rm", "a")
+    before = document(run("stats", "--json"))["file_bytes"]
+    collected = document(run("gc", "--compact", "--json"))
+    assert collected["chunks"] > 0
+    given_back = collected["compacted"]["bytes"]
+    assert given_back > 100_000
+    assert document(run("stats", "--json"))["file_bytes"] == before - given_back
+    assert document(run("gc", "--json"))["compacted"] is None
+    assert "back to the file system" in run("gc", "--compact")[1]
+
+
+def test_gc_on_a_file_system_without_holes_collects_then_fails_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("dedupstore.compaction.punch", refuse)
+    run("rm", "a")
+    status, out, err = run("gc", "--compact")
+    assert out.startswith("reclaimed ")
+    assert "cannot punch holes" in assert_one_line((status, "", err))
+    status, out, err = run("gc", "--compact", "--json")
+    assert json.loads(out)["compacted"] is None
+    assert_one_line((status, "", err))
     assert "reclaimed 0 B" in run("gc")[1]
 
 
@@ -292,7 +323,15 @@ def test_import_from_standard_input_needs_a_name(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nonsense",), ("info",), ("info", "a", "b"), ("ls", "--nonsense"), ("rm",), ()],
+    [
+        ("nonsense",),
+        ("info",),
+        ("info", "a", "b"),
+        ("ls", "--nonsense"),
+        ("rm",),
+        (),
+        ("gc", "--dry-run", "--compact"),
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_is_status_2(run: Run, arguments: tuple[str, ...]) -> None:
