@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _ROOT = Path(__file__).resolve().parents[2]
 DEDUPSTORE = _ROOT / ".venv/bin/dedupstore"
@@ -61,10 +62,13 @@ class Server:
 
 
 @contextmanager
-def serving(socket: Path, *command: object) -> Iterator[Server]:
-    """A server program that makes `socket` and runs in the foreground; killed at the end."""
+def serving(
+    socket: Path, *command: object, log: IO[bytes] | int = subprocess.DEVNULL
+) -> Iterator[Server]:
+    """A server program that makes `socket` and runs in the foreground; killed at the end. What it
+    says goes to `log`."""
     socket.unlink(missing_ok=True)  # nbdkit leaves it behind
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([str(word) for word in command], stderr=log)
     try:
         deadline = time.monotonic() + _START_SECONDS_MAX
         while not socket.exists():
