@@ -49,16 +49,34 @@ def is_zero(data: bytes | memoryview) -> bool:
     return bytes(data) == _ZEROS[: len(data)]
 
 
-def segments_of_extents(size: int, extents: Iterable[tuple[int, int]]) -> Iterator[Segment]:
+def segments_of_extents(
+    size: int,
+    extents: Iterable[tuple[int, int]],
+    data: Iterable[tuple[int, int]] | None = None,
+) -> Iterator[Segment]:
     """Cut at every extent's start and end, and every CHUNK_BYTES_MAX inside.
 
     `extents` are sorted, disjoint (start, end) byte ranges; what lies between them is metadata and
-    is cut the same way.
+    is cut the same way. `data` are such ranges of what may be no zeros, if that is known: chunks
+    that lie outside are left out, however many they are, and the others are the same.
     """
     cuts: list[int] = []
     begin = position = 0
+    regions = iter(((0, size),) if data is None else data)
+    start = end = 0  # of the region that is at `position`, or comes next
     for edge in _edges(size, extents):
         while position < edge:
+            while end <= position:
+                start, end = next(regions, (size, size))
+            hole = edge - position
+            if start < edge:
+                hole = max(start - position, 0) // CHUNK_BYTES_MAX * CHUNK_BYTES_MAX
+            if hole:
+                if cuts:
+                    yield Segment(begin, position - begin, tuple(cuts))
+                cuts, begin = [], position + hole
+                position = begin
+                continue
             length = min(CHUNK_BYTES_MAX, edge - position)
             cuts.append(length)
             position += length

@@ -22,7 +22,7 @@ from dedupstore import format as fmt
 from dedupstore.building import BuiltSource
 from dedupstore.chunker import Segment
 from dedupstore.env import Environment
-from dedupstore.errors import ImageExistsError
+from dedupstore.errors import ImageExistsError, SourceError
 from dedupstore.imported import Imported
 from dedupstore.ingest import Ingest, plan
 from dedupstore.leases import Leases
@@ -57,8 +57,8 @@ class Importer:
             path = Path(f"/proc/self/fd/{source.fileno()}")
             return self._import_file(source, path, name, on_progress)
 
-    def _spool(self, stream: BinaryIO, what: str) -> FileSource:
-        return spool(stream, self._spool_directory, what)
+    def _spool(self, stream: BinaryIO, what: str, bytes_max: int | None = None) -> FileSource:
+        return spool(stream, self._spool_directory, what, bytes_max)
 
     def _require_new(self, name: str) -> None:
         """Fail before the work rather than after it when `name` cannot be given."""
@@ -81,7 +81,12 @@ class Importer:
         if opener is archives.open_plain:
             return self._import_archive(source, name, on_progress)
         assert path is not None
-        with opener(path) as stream, _opened(self._spool(stream, source.name)) as unpacked:
+        bytes_max = archives.unpacked_bytes_max(source.size)
+        try:
+            stream = opener(path)
+        except OSError as error:
+            raise SourceError(f"{source.name}: {error.strerror}") from None
+        with stream, _opened(self._spool(stream, source.name, bytes_max)) as unpacked:
             return self._import_archive(unpacked, name, on_progress)
 
     def _import_image(self, source: FileSource, name: str, on_progress: Progress) -> Imported:

@@ -60,7 +60,8 @@ def plan(source: FileSource) -> tuple[int, Iterable[Segment]]:
     if is_erofs(source.read_at(0, 2048)):
         try:
             extents = file_extents(source.read_at, source.size)
-            return fmt.KIND_EROFS, segments_of_extents(source.size, extents)
+            segments = segments_of_extents(source.size, extents, source.data_regions())
+            return fmt.KIND_EROFS, segments
         except ErofsError:
             pass
     return fmt.KIND_RAW, segments_of_data(source.data_regions())

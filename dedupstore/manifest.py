@@ -40,6 +40,12 @@ class Manifest:
         last = max(len(self.refs) - 1, 0)
         self.index = array("I", (min(run, last) for run in runs))
 
+    @property
+    def data_bytes(self) -> int:
+        """What of the image is no hole."""
+        starts = self.starts
+        return sum(starts[i + 1] - starts[i] for i, ref in enumerate(self.refs) if ref)
+
     def run_at(self, offset: int) -> int:
         """Index of the run that holds `offset`, which must be inside the image."""
         at = offset >> self.shift

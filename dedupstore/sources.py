@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import BinaryIO, Protocol
 
 from dedupstore.archives import DAMAGE
 from dedupstore.errors import SourceError, StoreFullError
+
+_PIECE_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -113,11 +114,20 @@ def open_source(path: Path) -> FileSource:
     return FileSource(file, str(path))
 
 
-def spool(stream: BinaryIO, directory: Path, name: str) -> FileSource:
-    """Copy a stream into an unnamed file in `directory` and open that: cutting needs to seek."""
+def spool(stream: BinaryIO, directory: Path, name: str, bytes_max: int | None = None) -> FileSource:
+    """Copy a stream into an unnamed file in `directory` and open that: cutting needs to seek.
+
+    Raises SourceError, also for more than `bytes_max`, and StoreFullError.
+    """
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while piece := stream.read(_PIECE_BYTES):
+                file.write(piece)
+                if bytes_max is not None and file.tell() > bytes_max:
+                    raise SourceError(
+                        f"{name}: unpacks to more than {bytes_max} bytes, as no sound archive does "
+                        "(if it is one, unpack it, and import the result)"
+                    )
             file.flush()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -35,7 +35,7 @@ from dedupstore.erofs import read_tree
 from dedupstore.erofs.contents import ImageContent
 from dedupstore.erofs.tree import Directory, RegularFile
 from dedupstore.erofs.writer import PlacedFile, plan_image
-from dedupstore.erofs.writer.fingerprints import is_fingerprinted
+from dedupstore.erofs.writer.fingerprints import Fingerprinting
 from dedupstore.errors import ErofsError, NotShareableError, SourceError
 from dedupstore.ingest import Ingest
 from dedupstore.manifest import Manifest
@@ -79,7 +79,7 @@ def ensure_view(store: Store, image: bytes, kind: int, on_progress: Progress) ->
     try:
         with _reading(store, manifest) as read_at:
             try:
-                root = read_tree(read_at, manifest.size)
+                root = read_tree(read_at, manifest.size, manifest.data_bytes)
             except ErofsError as error:
                 raise NotShareableError(error.reason) from None
             derivation = _Derivation(store, image, root, on_progress)
@@ -153,7 +153,8 @@ class _Derivation:
     def pool(self) -> None:
         """Store the tree and the objects that no home has."""
         require_poolable(self._root, self._image)
-        files = [f for f in walk_files(self._root) if is_fingerprinted(f.size, f.data_bytes)]
+        wants = Fingerprinting().wants
+        files = [f for f in walk_files(self._root) if wants(f.size, f.data_bytes)]
         all_bytes = 2 * sum(file.data_bytes for file in files)
         fingerprints = self._fingerprint(files, all_bytes)
         for _ in range(_ATTEMPTS):

@@ -28,6 +28,7 @@ CONTENTS_BYTES_MIN = 1 << 20
 # every smallest block that the image could have is enough for files that share nothing.
 IMAGE_BYTES_PER_PIECE = 512
 PIECES_MIN = 1 << 16
+PIECES_MAX = 1 << 23  # a sparse image may claim any size
 
 _FILE_BYTES_MAX = (1 << 63) - 1
 _FOREIGN = -1
@@ -100,13 +101,15 @@ def extents(pieces: tuple[Piece, ...]) -> tuple[Extent, ...]:
 class Placer:
     """Finds the pieces of inodes of one image, and bounds them in sum."""
 
-    def __init__(self, superblock: Superblock, size: int) -> None:
-        """`size`: of the image, in bytes."""
+    def __init__(self, superblock: Superblock, size: int, data_bytes: int) -> None:
+        """`size`: of the image, `data_bytes`: what of it is no hole."""
         self._superblock = superblock
         self._bits = superblock.block_bits
         self._size = size
-        self._contents_left = size * CONTENTS_PER_IMAGE_BYTE + CONTENTS_BYTES_MIN
-        self._pieces_left = size // IMAGE_BYTES_PER_PIECE + PIECES_MIN
+        # Of the data: whoever reads the contents would be busy for ever with those that are holes
+        # of an image, which may claim any size.
+        self._contents_left = data_bytes * CONTENTS_PER_IMAGE_BYTE + CONTENTS_BYTES_MIN
+        self._pieces_left = min(size // IMAGE_BYTES_PER_PIECE + PIECES_MIN, PIECES_MAX)
 
     def charge(self, inode: Inode, pieces: tuple[Piece, ...]) -> None:
         """Count the contents of a regular file; raises `ErofsError` when they are too many."""
@@ -115,7 +118,7 @@ class Placer:
         if self._contents_left < 0:
             raise ErofsError(
                 inode.xattrs_at,
-                f"more file contents than {CONTENTS_PER_IMAGE_BYTE} times the image's size",
+                f"more file contents than {CONTENTS_PER_IMAGE_BYTE} times the image's data",
             )
 
     def pieces(self, space: Space, inode: Inode) -> tuple[Piece, ...]:

@@ -39,8 +39,10 @@ _PREFIX_UNIT_BYTES = 4
 _Listing = tuple[Directory, list[Entry], int]  # the entries, and where the directory's inode lies
 
 
-def read_tree(read_at: ReadAt, size: int) -> Directory:
+def read_tree(read_at: ReadAt, size: int, data_bytes: int | None = None) -> Directory:
     """Return the tree of an EROFS image of `size` bytes that is stored uncompressed.
+
+    `data_bytes`: what of the image is no hole, if that is known: it bounds the sum of the contents.
 
     Attributes are those that the kernel shows. Files have an `ImageContent`, which calls `read_at`
     whenever it is read, and tells by its `pieces` where in the image they lie. Links are not
@@ -51,17 +53,17 @@ def read_tree(read_at: ReadAt, size: int) -> Directory:
     unknown kind, when contents are compressed or on another device, and when the tree is larger
     than the image's size permits (see the module's bounds).
     """
-    return _Inventory(read_at, size).run()
+    return _Inventory(read_at, size, size if data_bytes is None else data_bytes).run()
 
 
 class _Inventory:
     """One walk: the nodes made so far, and the directories whose entries await theirs."""
 
-    def __init__(self, read_at: ReadAt, size: int) -> None:
+    def __init__(self, read_at: ReadAt, size: int, data_bytes: int) -> None:
         superblock = read_superblock(read_at, size)
         self._superblock = superblock
         self._read_at = read_at
-        self._placer = Placer(superblock, size)
+        self._placer = Placer(superblock, size, data_bytes)
         budget = Budget(size)
         meta_at = superblock.meta_block << superblock.block_bits
         self._image = Space(read_at, meta_at, size, budget)

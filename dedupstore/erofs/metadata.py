@@ -68,6 +68,10 @@ class Space:
         self._window_start = start
         return data
 
+    def charge(self, offset: int, length: int) -> None:
+        """Count bytes that are copied although they were read before; see `Budget.spend`."""
+        self._budget.spend(offset, length)
+
     def bytes_at(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes at `offset`, from the window if it has them.
 

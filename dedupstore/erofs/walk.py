@@ -8,7 +8,7 @@ and loops included. Not thread-safe; every call of `file_extents` has a walk of 
 Bounds: at most one inode per `INODE_SLOT_BYTES` of image, and `INODES_MAX` in all; directories and
 maps cost no more bytes than `metadata.Budget` allows; an inode makes at most `WINDOW_GAP_BYTES`
 plus one block of window be read. Memory holds the visited nids and `2 * blocks + RANGES_MIN`
-ranges.
+ranges, at most `RANGES_MAX`.
 """
 
 import struct
@@ -35,6 +35,8 @@ from dedupstore.erofs.superblock import METABOX_NID_FLAG, Superblock, read_super
 from dedupstore.errors import ErofsError
 
 RANGES_MIN = 1 << 16  # collected ranges that are worth compacting
+# 120 bytes each, thrice while they are compacted. A sparse image may claim any number of blocks.
+RANGES_MAX = 1 << 23
 
 _DIRENT = struct.Struct("<Q2xBx")  # nid, (nameoff), file_type
 _DIRENT_TYPES_WITHOUT_CONTENTS = frozenset((3, 4, 5, 6))  # CHRDEV, BLKDEV, FIFO, SOCK
@@ -76,7 +78,7 @@ class _Walk:
         self._budget = Budget(size)
         self._image = Space(read_at, superblock.meta_block << self._bits, size, self._budget)
         self._inodes_max = min(size // INODE_SLOT_BYTES, INODES_MAX)
-        self._ranges_max = 2 * (size >> self._bits) + RANGES_MIN
+        self._ranges_max = min(2 * (size >> self._bits) + RANGES_MIN, RANGES_MAX)
         self._visited: set[int] = set()
         self._found: set[int] = set()
         self.ranges: list[Range] = []
@@ -229,3 +231,6 @@ class _Walk:
         """Resolve what was collected when it is more than a sound image could need."""
         if len(self.ranges) > self._ranges_max:
             self.ranges = partition(clipped(self.ranges, self._size))
+            # Else there would soon be as many again, and each time all are compacted.
+            if len(self.ranges) > RANGES_MAX // 2:
+                raise ErofsError(self._image.base, "more stretches of contents than can be held")

@@ -36,6 +36,12 @@ _LONG_PREFIXES_MAX = 255
 PREFIXES_BYTES_MAX = _LONG_PREFIXES_MAX * aligned(_LENGTH.size + 1 + _INFIX_BYTES_MAX, _UNIT_BYTES)
 _PAGE_BYTES = 4096
 
+# A shared attribute costs an inode 4 bytes and Python, in a dictionary, some 50. One for each slot
+# that could be an inode is plenty: inodes with the same attributes are decoded once.
+IMAGE_BYTES_PER_ATTRIBUTE = 32
+ATTRIBUTES_MIN = 1 << 16
+ATTRIBUTES_MAX = 1 << 24  # a sparse image may claim any size
+
 Prefix = tuple[int, bytes]  # (number of the short prefix, what follows it)
 
 
@@ -71,6 +77,8 @@ class XattrReader:
         self._shared_at = shared_at
         self._prefixes = prefixes
         self._hidden = hidden
+        room = shared.end // IMAGE_BYTES_PER_ATTRIBUTE + ATTRIBUTES_MIN
+        self._left = min(room, ATTRIBUTES_MAX)
         self._pages: dict[int, bytes] = {}
         # A tree has few different names, shared attributes and bodies; one object serves them all.
         self._names: dict[tuple[int, bytes], bytes | None] = {}
@@ -81,7 +89,8 @@ class XattrReader:
         """Return the attributes of an inode with `length` bytes of them at `offset` in `space`.
 
         The mapping is shared between inodes and must not be changed. Charged to the budget, and
-        every shared attribute once. Raises `ErofsError` when they are malformed.
+        every shared attribute once. Raises `ErofsError` when they are malformed, or more than an
+        image of this size has room for.
         """
         body = space.bytes_at(offset, length)
         known = self._bodies.get(body)
@@ -107,6 +116,9 @@ class XattrReader:
             name, value = self._entries.get(number) or self._shared_entry(number)
             if name is not None:
                 found.setdefault(name, value)
+        self._left -= len(found)
+        if self._left < 0:
+            raise ErofsError(offset, "more extended attributes than the image has room for")
         return found or NO_XATTRS
 
     def _entry(self, raw: bytes, at: int, offset: int) -> tuple[bytes | None, bytes, int]:
@@ -143,6 +155,8 @@ class XattrReader:
         at = self._shared_at + number * _UNIT_BYTES
         name_bytes, _, value_bytes = _ENTRY.unpack(self._bytes(at, _ENTRY.size))
         length = _ENTRY.size + name_bytes + value_bytes
+        # Every fourth byte may begin another one, so that a small area could hold gigabytes.
+        self._shared.charge(at, length)
         name, value, _ = self._entry(self._bytes(at, length), 0, at)
         self._entries[number] = name, value
         return name, value

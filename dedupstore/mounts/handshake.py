@@ -20,6 +20,7 @@ _OPT_ABORT, _OPT_INFO = 2, 6
 _REP_ACK, _REP_INFO = 1, 3
 _INFO_DESCRIPTION = 2
 _REPLY_BYTES_MAX = 64 << 10
+_REPLIES_MAX = 64  # nbdkit sends three; whatever sent them without end would keep us for ever
 
 
 def export_digest(path: Path, export: str, timeout_seconds: float) -> str | None:
@@ -46,7 +47,7 @@ def _description(stream: BufferedRWPair, export: bytes) -> str:
     wanted = struct.pack(">HH", 1, _INFO_DESCRIPTION)
     _send(stream, _OPT_INFO, struct.pack(">I", len(export)) + export + wanted)
     description = b""
-    while True:
+    for _ in range(_REPLIES_MAX):
         magic_number, _, kind, length = struct.unpack(">QIII", _read(stream, 20))
         if magic_number != _REPLY_MAGIC or length > _REPLY_BYTES_MAX:
             raise OSError("not an NBD server")
@@ -57,6 +58,7 @@ def _description(stream: BufferedRWPair, export: bytes) -> str:
             continue
         _send(stream, _OPT_ABORT, b"")
         return description.decode(errors="replace") if kind == _REP_ACK else ""
+    raise OSError("not an NBD server")
 
 
 def _send(stream: BufferedRWPair, option: int, payload: bytes) -> None:

@@ -33,6 +33,7 @@ from dedupstore.errors import MountError
 _UUID = re.compile(r"[0-9a-f]{32}")
 _ATTACHMENT = re.compile(r"[0-9a-f]{32}\.[0-9]+")
 _PRIVATE = 0o700
+_RECORD_BYTES_MAX = 1 << 20  # thousands of mounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,7 @@ class Runtime:
         """Make the directories. Raises MountError if they are not private to this user."""
         try:
             self.run.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            status = self.run.stat()
-            if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                raise MountError(f"{self.run}: others can write here; it must be yours, mode 0700")
+            _require_private(self.run)
             self.path.mkdir(mode=_PRIVATE, exist_ok=True)
         except OSError as error:
             raise MountError(f"{error.filename}: {error.strerror}") from None
@@ -172,9 +171,18 @@ class Runtime:
         return self.path / next(name for name in names if name not in taken)
 
 
+def _require_private(run: Path) -> None:
+    """Raise MountError, or OSError, unless what is in the runtime directory is ours."""
+    status = run.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise MountError(f"{run}: others can write here; it must be yours, mode 0700")
+
+
 def runtimes(run: Path) -> list[Runtime]:
-    """Every store that this runtime directory knows. Raises MountError if it cannot be read."""
+    """Every store that this runtime directory knows. Raises MountError if it cannot be read, or is
+    not private to this user: records tell what to unmount."""
     try:
+        _require_private(run)
         names = sorted(path.name for path in run.iterdir())
     except FileNotFoundError:
         return []
@@ -186,9 +194,27 @@ def runtimes(run: Path) -> list[Runtime]:
 def load_record(directory: Path) -> Record | None:
     """An attachment's record; None if it was never finished, or damaged."""
     try:
-        return Record(**json.loads((directory / "record.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
+        with open(directory / "record.json", "rb") as file:
+            raw = file.read(_RECORD_BYTES_MAX)
+        record = Record(**json.loads(raw))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return record if _is_sound(record) else None
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether every field is of its type, and every path one that a system call takes."""
+    texts = [record.store, record.digest, record.kind, record.image, record.name, record.socket]
+    texts.append(record.share)
+    if record.device is not None:
+        texts.append(record.device)
+    for texts_of, kind in ((record.homes, list), (record.claims, list), (record.mounts, dict)):
+        if not isinstance(texts_of, kind):
+            return False
+        texts += texts_of
+    texts += record.mounts.values()
+    size_is_sound = type(record.size) is int and 0 <= record.size < 1 << 63
+    return size_is_sound and all(isinstance(text, str) and "\0" not in text for text in texts)
 
 
 def save_record(directory: Path, record: Record) -> None:

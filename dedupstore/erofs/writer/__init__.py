@@ -24,7 +24,7 @@ from dedupstore.erofs.tree import (
 )
 from dedupstore.erofs.writer.archives import scan_tar
 from dedupstore.erofs.writer.directories import scan_directory
-from dedupstore.erofs.writer.fingerprints import ContentDigest, Span, is_fingerprinted
+from dedupstore.erofs.writer.fingerprints import ContentDigest, Span
 from dedupstore.erofs.writer.plan import ImagePlan, PlacedFile, plan_image
 from dedupstore.erofs.writer.sequential import write_image
 
@@ -42,7 +42,6 @@ __all__ = [
     "Span",
     "Special",
     "Symlink",
-    "is_fingerprinted",
     "plan_image",
     "scan_directory",
     "scan_tar",

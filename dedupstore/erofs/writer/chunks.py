@@ -15,7 +15,6 @@ from dedupstore.erofs.tree import Extent
 _ENTRY_BYTES = 4
 _HOLE = b"\xff" * _ENTRY_BYTES
 _PIECE_ENTRIES = 1 << 16
-MAP_BYTES_MAX = 64 << 20  # it is held in memory; zeros that larger chunks store instead are not
 
 Run = tuple[int, int]  # (first, behind): chunks, or blocks, that are no holes
 
@@ -54,12 +53,14 @@ class Chunking:
         return b"".join(pieces)
 
 
-def choose_chunking(size: int, extents: tuple[Extent, ...], block_bytes: int) -> Chunking | None:
+def choose_chunking(
+    size: int, extents: tuple[Extent, ...], block_bytes: int, map_bytes_max: int
+) -> Chunking | None:
     """Return the chunks that take least room, map included; None when no map saves any.
 
-    `extents`: where the file has data. Larger chunks halve the map, of at most `MAP_BYTES_MAX`, and
-    take in more holes. Work: as chunks grow, the runs that touch become one, and it ends when the
-    data alone outweigh the best so far.
+    `extents`: where the file has data. Larger chunks halve the map, of at most `map_bytes_max`,
+    which is held in memory, and take in more holes, which are not. Work: as chunks grow, the runs
+    that touch become one, and it ends when the data alone outweigh the best so far.
     """
     if sum(length for _, length in extents) == size:
         return None
@@ -73,7 +74,7 @@ def choose_chunking(size: int, extents: tuple[Extent, ...], block_bytes: int) ->
         if data * block_bytes >= room:
             break
         map_bytes = _ENTRY_BYTES * -(-size // chunk_bytes)
-        if map_bytes <= MAP_BYTES_MAX and data * block_bytes + map_bytes < room:
+        if map_bytes <= map_bytes_max and data * block_bytes + map_bytes < room:
             room = data * block_bytes + map_bytes
             best = Chunking(bits, chunk_bytes, tuple(runs), map_bytes)
         if chunk_bytes >= size:

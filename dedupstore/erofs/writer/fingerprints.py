@@ -3,8 +3,8 @@
 Owns the name and value of the hidden attribute that `mkfs.erofs --xattr-inode-digest` of
 erofs-utils 1.9 writes, and the digest of a file from its stored bytes. Every file with data has
 one, unless its holes are so large that hashing their zeros would take longer than the import: there
-is no bound to the size of a file of holes, and it has nothing to share. Pure but for
-`ContentDigest`, which belongs to one thread.
+is no bound to the size of a file of holes, and it has nothing to share. `Fingerprinting` and
+`ContentDigest` belong to one thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ DIGEST_AT = len(_KIND)
 DIGEST_BYTES = 32
 VALUE = _KIND + bytes(DIGEST_BYTES)  # until the digest is known
 HOLES_BYTES_MAX = 1 << 30  # a second's work
+HOLES_BYTES_MAX_OF_TREE = 1 << 34  # a header of 512 bytes can make a file with a gigabyte of holes
 
 # The whole name is a long prefix (length, base index, infix), and the rest of the name is empty.
 # No short prefix is named erofs.*: base index 0, so that no listxattr shows the attribute.
@@ -30,9 +31,19 @@ PREFIX_RECORD = struct.pack("<HB", 1 + len(_NAME), 0) + _NAME
 _ZEROS = bytes(1 << 16)
 
 
-def is_fingerprinted(size: int, data_bytes: int) -> bool:
-    """Whether a file of `size` bytes gets a fingerprint when all but `data_bytes` are holes."""
-    return data_bytes > 0 and size - data_bytes <= HOLES_BYTES_MAX
+class Fingerprinting:
+    """Which files of one tree get fingerprints, asked in the tree's order. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._holes_left = HOLES_BYTES_MAX_OF_TREE
+
+    def wants(self, size: int, data_bytes: int) -> bool:
+        """Whether the next file, of `size` bytes, gets one when all but `data_bytes` are holes."""
+        holes = size - data_bytes
+        if not data_bytes or holes > min(HOLES_BYTES_MAX, self._holes_left):
+            return False
+        self._holes_left -= holes
+        return True
 
 
 class ContentDigest:

@@ -17,7 +17,7 @@ from dedupstore.erofs.superblock import NULL_BLOCK_32
 from dedupstore.erofs.tree import Directory, RegularFile
 from dedupstore.erofs.writer import ondisk
 from dedupstore.erofs.writer.chunks import choose_chunking
-from dedupstore.erofs.writer.fingerprints import is_fingerprinted
+from dedupstore.erofs.writer.fingerprints import Fingerprinting
 from dedupstore.erofs.writer.inodes import Inode, refusal
 from dedupstore.erofs.writer.xattrs import SharedXattrs
 from dedupstore.errors import SourceError
@@ -25,6 +25,9 @@ from dedupstore.errors import SourceError
 # The root's number has 16 bits, so the root comes first; but 0 is what programs take for "none".
 _FIRST_INODE_AT = ondisk.INODE_SLOT_BYTES
 METADATA_BYTES_MAX = 1 << 30  # it is held in memory
+# Of all sparse files' maps, a quarter of what is left for each: from a few bytes of an archive or
+# image a map of any length can be asked for. With larger chunks it takes less.
+MAPS_BYTES_MAX = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,12 @@ def place(
     """
     metadata_block = _place_files(inodes, block_bytes)
     at = _FIRST_INODE_AT
+    wants = Fingerprinting().wants
     for inode in inodes:
-        _form(inode, shared, block_bytes, fingerprints=fingerprints)
+        node = inode.node
+        if fingerprints and isinstance(node, RegularFile):
+            inode.fingerprinted = wants(node.size, node.data_bytes)
+        _form(inode, shared, block_bytes)
         inode.compact = ondisk.fits_compact(inode.node.attributes, inode.size, inode.links, epoch)
         at = _place_inode(inode, at, block_bytes)
         if at > METADATA_BYTES_MAX:
@@ -87,13 +94,15 @@ def stretches(inode: Inode) -> Iterable[tuple[int, int]]:
 def _place_files(inodes: list[Inode], block_bytes: int) -> int:
     """Give the files their blocks; returns the block behind them."""
     block = ondisk.head_bytes(block_bytes) // block_bytes
+    maps_left = MAPS_BYTES_MAX
     for inode in inodes:
         node = inode.node
         if not isinstance(node, RegularFile):
             continue
-        inode.chunking = choose_chunking(node.size, node.extents, block_bytes)
+        inode.chunking = choose_chunking(node.size, node.extents, block_bytes, maps_left // 4)
         if inode.chunking is not None:
             inode.layout = CHUNK_BASED
+            maps_left -= inode.chunking.map_bytes
         inode.stored = sum(length for _, length in stretches(inode))
         if inode.stored:
             inode.block = block
@@ -101,15 +110,12 @@ def _place_files(inodes: list[Inode], block_bytes: int) -> int:
     return block
 
 
-def _form(inode: Inode, shared: SharedXattrs, block_bytes: int, *, fingerprints: bool) -> None:
+def _form(inode: Inode, shared: SharedXattrs, block_bytes: int) -> None:
     """Determine what an inode consists of, wherever it lies."""
     node = inode.node
     if isinstance(node, Directory):
         lengths = [len(name) for name, _ in inode.entries]
         inode.size = ondisk.directory_cuts(lengths, block_bytes)[1]
-    elif isinstance(node, RegularFile):
-        data_bytes = sum(length for _, length in node.extents)
-        inode.fingerprinted = fingerprints and is_fingerprinted(node.size, data_bytes)
     try:
         inode.body = shared.body(node.attributes.xattrs, fingerprinted=inode.fingerprinted)
     except SourceError as error:
