@@ -22,6 +22,7 @@ from dedupstore.errors import (
     ImageNotFoundError,
     StoreDamagedError,
     UsageError,
+    shown,
 )
 
 _T = TypeVar("_T")
@@ -39,15 +40,17 @@ def encode_name(name: str) -> bytes:
     try:
         key = name.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"image name {name!r}: not valid UTF-8") from None
+        raise UsageError(f"image name {shown(name)}: not valid UTF-8") from None
     if not key or len(key) > IMAGE_NAME_BYTES_MAX:
-        raise UsageError(f"image name {name!r}: must have 1 to {IMAGE_NAME_BYTES_MAX} bytes")
+        raise UsageError(f"image name {shown(name)}: must have 1 to {IMAGE_NAME_BYTES_MAX} bytes")
     if name in (".", "..") or name.startswith(("-", "/")) or name.endswith("/"):
-        raise UsageError(f"image name {name!r}: must not be '.' or '..', nor begin with '-' or '/'")
+        raise UsageError(
+            f"image name {shown(name)}: must not be '.' or '..', nor begin with '-' or '/'"
+        )
     if any(part in ("", ".", "..") for part in name.split("/")):
-        raise UsageError(f"image name {name!r}: has an empty, '.' or '..' part")
+        raise UsageError(f"image name {shown(name)}: has an empty, '.' or '..' part")
     if any(c in "*?[]\\" or unicodedata.category(c).startswith("C") for c in name):
-        raise UsageError(f"image name {name!r}: has a control, glob or backslash character")
+        raise UsageError(f"image name {shown(name)}: has a control, glob or backslash character")
     return key
 
 

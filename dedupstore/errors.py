@@ -9,6 +9,17 @@ changed after they are raised, except that a layer which knows more may fill `im
 import errno
 import os
 
+_SHOWN_CHARACTERS_MAX = 300  # a name of an image has at most 255 bytes
+
+
+def shown(text: str) -> str:
+    """What somebody gave us, quoted, for a message: on one line and no longer than can be read.
+    Clients may send 4096 bytes as often as they like, and each is a line of a log."""
+    quoted = repr(text)
+    if len(quoted) <= _SHOWN_CHARACTERS_MAX:
+        return quoted
+    return f"{quoted[:_SHOWN_CHARACTERS_MAX]}…"
+
 
 class DedupError(Exception):
     """Root of the tree. `str(error)` is one line that says what, where and what to do."""
@@ -96,7 +107,7 @@ class ImageNotFoundError(DedupError):
     errno = errno.ENOENT
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no image named {name!r} (see 'dedupstore ls')")
+        super().__init__(f"no image named {shown(name)} (see 'dedupstore ls')")
         self.name = name
 
 
@@ -107,7 +118,7 @@ class ImageExistsError(DedupError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"image {name!r} exists already (choose another name, or 'dedupstore rm' it first)"
+            f"image {shown(name)} exists already (choose another name, or 'dedupstore rm' it first)"
         )
         self.name = name
 

@@ -39,7 +39,7 @@ for _packages in (_ROOT / ".venv" / "lib" / _VERSION / "site-packages", _ROOT):
         site.addsitedir(str(_packages))
 sys.path.insert(0, str(_ROOT))
 
-from dedupstore.errors import DedupError, ImageNotFoundError, UsageError  # noqa: E402
+from dedupstore.errors import DedupError, ImageNotFoundError, UsageError, shown  # noqa: E402
 from dedupstore.location import default_store  # noqa: E402
 from dedupstore.reader import ImageReader  # noqa: E402
 from nbdplugin import threadstate  # noqa: E402
@@ -76,7 +76,7 @@ traceback.format_exception = _format  # type: ignore[assignment]
 
 def config(key: str, value: str) -> None:
     if key == "store":
-        _config.store = Path(value).expanduser().absolute()
+        _config.store = _path(key, value)
     elif key == "image":
         _config.images.append(value)
     elif key == "cache":
@@ -86,14 +86,25 @@ def config(key: str, value: str) -> None:
                 raise ValueError
             _config.cache_bytes = nbdkit.parse_size(value)
         except ValueError:
-            raise UsageError(f"cache={value}: not a size (such as 512M or 2G)") from None
+            raise UsageError(f"cache={_shown(value)}: not a size (such as 512M or 2G)") from None
     elif key == "metrics":
-        _config.metrics = Path(value).expanduser().absolute()
+        _config.metrics = _path(key, value)
     elif key == "files":
-        _config.files = Path(value).expanduser().absolute()
+        _config.files = _path(key, value)
     else:
         known = "store, image, cache, metrics, files"
-        raise UsageError(f"{key}=: unknown parameter (known: {known})")
+        raise UsageError(f"{_shown(key)}=: unknown parameter (known: {known})")
+
+
+def _shown(text: str) -> str:
+    return shown(text)[1:-1]  # without quotes, as parameters are written
+
+
+def _path(key: str, value: str) -> Path:
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(f"{key}={_shown(value)}: no such user") from None
 
 
 def thread_model() -> int:

@@ -13,6 +13,8 @@ import re
 import struct
 from collections import Counter
 
+from dedupstore.errors import shown
+
 _HEADER = struct.pack("<I", 2)
 _ENTRY = struct.Struct("<HHI")  # e_tag, e_perm, e_id
 _NO_ID = 0xFFFFFFFF
@@ -44,9 +46,9 @@ def acl_attribute(text: str, *, default: bool) -> bytes | None:
     tags = Counter(tag for tag, _, _ in entries)
     named = tags[_USER] + tags[_GROUP]
     if any(tags[tag] != 1 for tag in _ONCE) or tags[_MASK] > 1 or (named and not tags[_MASK]):
-        raise ValueError(f"not a whole ACL: {text!r}")
+        raise ValueError(f"not a whole ACL: {shown(text)}")
     if len({(tag, ident) for tag, ident, _ in entries}) != len(entries):
-        raise ValueError(f"an ACL with two entries for one: {text!r}")
+        raise ValueError(f"an ACL with two entries for one: {shown(text)}")
     if not default and len(entries) == len(_ONCE):
         return None
     return _HEADER + b"".join(_ENTRY.pack(tag, bits, ident) for tag, ident, bits in entries)
@@ -60,7 +62,7 @@ def _entry(line: str) -> Entry:
     unnamed, named = _TAGS.get(kind, (None, None))
     tag = named if name else unnamed
     if tag is None or not _PERMISSIONS_TEXT.fullmatch(permissions):
-        raise ValueError(f"no entry of an ACL: {line!r}")
+        raise ValueError(f"no entry of an ACL: {shown(line)}")
     if permissions.isdigit():
         bits = int(permissions)
     else:
@@ -74,10 +76,10 @@ def _id(tag: int, name: str) -> int:
     if name.isascii() and name.isdigit():
         number = int(name)
         if number >= _NO_ID:
-            raise ValueError(f"no id of a user or group: {name}")
+            raise ValueError(f"no id of a user or group: {shown(name)}")
         return number
     try:
         return pwd.getpwnam(name).pw_uid if tag == _USER else grp.getgrnam(name).gr_gid
     except (KeyError, ValueError):
         kind = "user" if tag == _USER else "group"
-        raise ValueError(f"an ACL names a {kind} that is unknown here: {name!r}") from None
+        raise ValueError(f"an ACL names a {kind} that is unknown here: {shown(name)}") from None

@@ -30,7 +30,7 @@ from dedupstore.erofs.writer.archivecontents import (
     member_parts,
 )
 from dedupstore.erofs.writer.xattrs import is_storable
-from dedupstore.errors import SourceError
+from dedupstore.errors import SourceError, shown
 
 _XATTR = "SCHILY.xattr."
 _ACLS = (  # (header, attribute, whether it is the default for what is made in a directory)
@@ -44,7 +44,6 @@ _HEADERS_BYTES_MAX = 16 << 20
 _EXTENTS_MAX = 1 << 20  # of all sparse files, 300 bytes each
 _NODES_MAX = 1 << 22  # listed or implied, 2 KB each until the image is laid out
 _GLOBAL_RECORDS_MAX = 100  # every member is looked through all of them
-_NAME_SHOWN_MAX = 200
 _IMPLIED = Attributes(0o755)  # of directories that the archive does not list
 _DEVICES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
 
@@ -127,7 +126,7 @@ class _Scan:
         parts = _parts(member.name)
         if not parts:
             if not member.isdir():
-                raise SourceError(f"archive member {_shown(member)} would replace the root")
+                raise SourceError(f"archive member {shown(member.name)} would replace the root")
             return Directory(_attributes(member), root.entries)
         folder = root
         for part in parts[:-1]:
@@ -137,14 +136,14 @@ class _Scan:
                 child = folder.entries[part] = Directory(_IMPLIED)
             elif not isinstance(child, Directory):
                 raise SourceError(
-                    f"archive member {_shown(member)} lies below what is no directory"
+                    f"archive member {shown(member.name)} lies below what is no directory"
                 )
             folder = child
         old = folder.entries.get(parts[-1])
         self._count_node()
         node = _linked(root, member) if member.islnk() else self._node(member, old)
         if isinstance(old, Directory) and old.entries and not isinstance(node, Directory):
-            raise SourceError(f"archive member {_shown(member)} would replace a directory")
+            raise SourceError(f"archive member {shown(member.name)} would replace a directory")
         folder.entries[parts[-1]] = node
         return root
 
@@ -164,7 +163,9 @@ class _Scan:
         if member.isfifo():
             return Special(attributes, stat.S_IFIFO)
         if member.type not in tarfile.REGULAR_TYPES:
-            raise SourceError(f"archive member {_shown(member)} is of unknown type {member.type!r}")
+            raise SourceError(
+                f"archive member {shown(member.name)} is of unknown type {member.type!r}"
+            )
         return self._file(member, attributes)
 
     def _file(self, member: tarfile.TarInfo, attributes: Attributes) -> RegularFile:
@@ -179,12 +180,14 @@ class _Scan:
         end = 0
         for start, at, length in parts:
             if start < end or length < 0:
-                raise SourceError(f"archive member {_shown(member)} has a damaged map of its data")
+                raise SourceError(
+                    f"archive member {shown(member.name)} has a damaged map of its data"
+                )
             end = start + length
             if at < 0 or at + length > self._archive.size:
-                raise SourceError(f"the archive ends inside its member {_shown(member)}")
+                raise SourceError(f"the archive ends inside its member {shown(member.name)}")
         if end > member.size or member.size < 0:
-            raise SourceError(f"archive member {_shown(member)} has data behind its end")
+            raise SourceError(f"archive member {shown(member.name)} has data behind its end")
         content = ArchiveContent(self._archive, parts, member.size)
         return RegularFile(attributes, member.size, extents, content)
 
@@ -193,15 +196,10 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _shown(member: tarfile.TarInfo) -> str:
-    name = repr(member.name)
-    return name if len(name) <= _NAME_SHOWN_MAX else f"…{name[-_NAME_SHOWN_MAX:]}"
-
-
 def _parts(name: str) -> list[bytes]:
     parts = [part for part in _bytes(name).split(b"/") if part not in (b"", b".")]
     if b".." in parts:
-        raise SourceError(f"an archive member's name or link leads outside: {name[-200:]!r}")
+        raise SourceError(f"an archive member's name or link leads outside: {shown(name)}")
     return parts
 
 
@@ -211,7 +209,7 @@ def _linked(root: Directory, member: tarfile.TarInfo) -> Node:
         node = node.entries.get(part) if isinstance(node, Directory) else None
     if node is None or isinstance(node, Directory):
         raise SourceError(
-            f"archive member {_shown(member)} links to no file: {member.linkname[-200:]!r}"
+            f"archive member {shown(member.name)} links to no file: {shown(member.linkname)}"
         )
     return node
 
@@ -221,7 +219,7 @@ def _attributes(member: tarfile.TarInfo) -> Attributes:
         seconds, nanoseconds = _mtime(member)
         xattrs = _xattrs(member.pax_headers)
     except ValueError as error:
-        raise SourceError(f"archive member {_shown(member)}: {error}") from None
+        raise SourceError(f"archive member {shown(member.name)}: {error}") from None
     mode = stat.S_IMODE(member.mode)
     return Attributes(mode, member.uid, member.gid, seconds, nanoseconds, xattrs)
 

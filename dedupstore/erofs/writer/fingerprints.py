@@ -21,7 +21,7 @@ DIGEST_AT = len(_KIND)
 DIGEST_BYTES = 32
 VALUE = _KIND + bytes(DIGEST_BYTES)  # until the digest is known
 HOLES_BYTES_MAX = 1 << 30  # a second's work
-HOLES_BYTES_MAX_OF_TREE = 1 << 34  # a header of 512 bytes can make a file with a gigabyte of holes
+HOLES_BYTES_MAX_OF_TREE = 4 << 30  # a header of 512 bytes can make a file with a gigabyte of holes
 
 # The whole name is a long prefix (length, base index, infix), and the rest of the name is empty.
 # No short prefix is named erofs.*: base index 0, so that no listxattr shows the attribute.
