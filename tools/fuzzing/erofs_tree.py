@@ -81,6 +81,6 @@ def _shape(root: Directory) -> list[object]:
 
 def seeds() -> Mapping[str, bytes]:
     plain = {"plain": images.written(fingerprints=False)}
-    kept = ("indexes", "table", "folder", "devices", "xattrs")
+    kept = ("indexes", "table", "folder", "devices", "xattrs", "metabox", "packed-prefixes", "far")
     drawn = {name: image for name, image in images.drawn().items() if name in kept}
     return {"written": images.written(fingerprints=True), **plain, **drawn}

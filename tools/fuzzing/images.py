@@ -17,12 +17,16 @@ from dedupstore.erofs.layouts import (
     COMPRESSED_COMPACT,
     COMPRESSED_FULL,
     FLAT_INLINE,
+    FLAT_PLAIN,
 )
 from dedupstore.erofs.superblock import (
     COMPAT_FINGERPRINTS,
     COMPAT_PLAIN_XATTR_PREFIXES,
+    COMPAT_SHARED_XATTRS_IN_METABOX,
     INCOMPAT_DEVICE_TABLE,
     INCOMPAT_KNOWN,
+    INCOMPAT_METABOX,
+    METABOX_NID_FLAG,
     SUPERBLOCK_OFFSET,
     SuperblockRecord,
 )
@@ -95,8 +99,14 @@ def _inode(layout: int, mode: int, size: int, first: int = 0, xattrs: int = 0) -
     return struct.pack("<HHHHIIIIHH4x", layout << 1, xattrs, mode, 1, size, 0, first, 1, 0, 0)
 
 
-def _draw(*children: bytes, at: dict[int, bytes] | None = None, **fields: int) -> bytes:
-    names = [(b".", _ROOT), (b"..", _ROOT)]
+def _draw(
+    *children: bytes,
+    at: dict[int, bytes] | None = None,
+    more: tuple[tuple[bytes, int], ...] = (),
+    blocks: int = _BLOCKS,
+    **fields: int,
+) -> bytes:
+    names = [(b".", _ROOT), (b"..", _ROOT), *more]
     names += [(b"%c" % (97 + i), _FIRST + _STEP * i) for i in range(len(children))]
     position = 12 * len(names)
     head = tail = b""
@@ -105,11 +115,11 @@ def _draw(*children: bytes, at: dict[int, bytes] | None = None, **fields: int) -
         position += len(name)
         tail += name
     root = _inode(FLAT_INLINE, stat.S_IFDIR | 0o755, len(head + tail)) + head + tail
-    image = bytearray(_BLOCKS * _BLOCK)
+    image = bytearray(blocks * _BLOCK)
     record = SuperblockRecord(
         block_bits=_BITS,
         root_nid_short=_ROOT,
-        blocks_low=_BLOCKS,
+        blocks_low=blocks,
         xattr_block=_XATTR_BLOCK,
         **fields,  # type: ignore[arg-type]
     )
@@ -139,7 +149,20 @@ def drawn() -> dict[str, bytes]:
     xattrs = struct.pack("<IB7xI", 0, 1, 3) + struct.pack("<BBH", 1, 0x81, 2) + b"nv1."
     shared = bytes(12) + struct.pack("<BBH", 3, 1, 4) + b"abcdata"
     prefixes = struct.pack("<HB", 5, 1) + b"long\0" + struct.pack("<HB", 5, 4) + b"more"
+    boxed = _inode(FLAT_INLINE, regular, 3) + b"abc"
+    packed = _inode(FLAT_INLINE, regular, len(prefixes)) + prefixes
+    far = 40 * _BLOCK // 32  # beyond what one read takes in
     return {
+        "metabox": _draw(
+            _inode(FLAT_PLAIN, regular, _BLOCK, 10),
+            at={SUPERBLOCK_OFFSET + 128: struct.pack("<Q", _FIRST), 10 * _BLOCK: boxed},
+            more=((b"boxed", METABOX_NID_FLAG),),
+            feature_incompat=INCOMPAT_METABOX,
+            feature_compat=COMPAT_SHARED_XATTRS_IN_METABOX,
+            extension_slots=1,
+        ),
+        "packed-prefixes": _draw(packed, packed_nid=_FIRST, xattr_prefix_count=2),
+        "far": _draw(boxed, at={far * 32: boxed}, more=((b"far", far),), blocks=42),
         "compact": _draw(compact + _map_header(0) + packs),
         "compact-big": _draw(compact + _map_header(ADVISE_BIG_PCLUSTER | 1) + packs * 4),
         "full": _draw(full + _map_header(0) + bytes(8) + indexes),

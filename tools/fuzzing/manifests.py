@@ -1,8 +1,9 @@
 """Manifest records, and the image that reads are served from (`format`, `manifest`).
 
-An input is a header of 48 bytes and the columns, which get a guard, the tag of their key, and, if
-the first byte is odd, compression. Promises: a DedupError of one line; or a manifest whose runs
-cover [0, size) without a gap, whose extents do too, and in which every offset is found.
+An input is flags, a header of 40 bytes and the columns, which get a guard and the tag of their key;
+by the flags also compression, and a header that agrees with the columns. Promises: a DedupError of
+one line; or a manifest whose runs cover [0, size) without a gap, whose extents do too, and in which
+every offset is found.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ BYTES_MAX = 2048
 
 _DIGEST = blake3(b"image").digest()
 _HEADER_BYTES = 40
+_COMPRESS, _AGREE = 1, 2
 
 
 def run(data: bytes) -> None:
     flags, header, columns = data[:1], data[1 : 1 + _HEADER_BYTES], data[1 + _HEADER_BYTES :]
     if not flags:
         return
-    if flags[0] & 1:
+    if flags[0] & _AGREE:
+        runs = len(columns) // 20
+        size = sum(struct.unpack_from(f"<{runs}Q", columns)) & 0xFFFFFFFFFFFFFFFF
+        header = struct.pack("<HHIQ", 1, 0, runs, size) + header[16:].ljust(24, b"\0")
+        columns = columns[: runs * 20]
+    if flags[0] & _COMPRESS:
         columns = zstandard.compress(columns)
     body = struct.pack("<Q", xxh3_64_intdigest(_DIGEST)) + header + columns
     record = struct.pack("<Q", xxh3_64_intdigest(body)) + body
@@ -67,5 +74,6 @@ def seeds() -> Mapping[str, bytes]:
         "hole": b"\x01" + columns([1 << 62], [0], [0]),
         "empty": b"\x01" + columns([], [], []),
         "huge": b"\x01" + columns([1, (1 << 64) - 2], [one, 5], [1, 1]),
+        "agreeing": b"\x03" + columns([512, 4096, 1 << 50], [one, -one, one], [3, 0, 1]),
         "not-compressed": b"\x00" + columns([4096], [one], [1]),
     }

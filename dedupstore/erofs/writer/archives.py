@@ -42,7 +42,7 @@ _BLOCK_BYTES = 512
 # sparse file; tarfile keeps all of them, some 25 bytes for one of theirs.
 _HEADERS_BYTES_MAX = 16 << 20
 _EXTENTS_MAX = 1 << 20  # of all sparse files, 300 bytes each
-_NODES_MAX = 1 << 22  # listed or implied, 2 KB each until the image is laid out
+_NODES_MAX = 1 << 21  # listed or implied, 1 KB and 30 us each; roots have fewer files
 _GLOBAL_RECORDS_MAX = 100  # every member is looked through all of them
 _IMPLIED = Attributes(0o755)  # of directories that the archive does not list
 _DEVICES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
