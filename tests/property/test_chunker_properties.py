@@ -115,6 +115,32 @@ def test_extent_cuts_cover_the_image_and_fall_on_every_edge(data: st.DataObject)
     assert edges >= {edge for extent in extents for edge in extent}
 
 
+@given(st.data())
+def test_extent_cuts_of_data_are_those_of_the_whole_image(data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, 3 * SEGMENT_BYTES))
+    extents = data.draw(ranges(size))
+    regions = data.draw(ranges(size))
+
+    def chunks(*holes: list[tuple[int, int]]) -> set[tuple[int, int]]:
+        return {
+            (segment.offset + end - cut, segment.offset + end)
+            for segment in segments_of_extents(size, extents, *holes)
+            for cut, end in zip(segment.cuts, accumulate(segment.cuts), strict=True)
+        }
+
+    everything, some = chunks(), chunks(regions)
+    assert some <= everything
+    for start, end in everything - some:
+        assert not any(a < end and start < b for a, b in regions), "a chunk with data is left out"
+
+
+def test_holes_of_any_size_cost_nothing() -> None:
+    size = 1 << 63
+    data = [(0, 100), (1 << 62, (1 << 62) + 1), (size - 1, size)]
+    segments = list(segments_of_extents(size, [(4096, size - 4096)], data))
+    assert sum(segment.length for segment in segments) <= 4 * CHUNK_BYTES_MAX
+
+
 @given(st.integers(0, 1 << 32), st.integers(1, 64))
 def test_most_cuts_move_along_with_inserted_blocks(seed: int, inserted: int) -> None:
     generator = random.Random(seed)

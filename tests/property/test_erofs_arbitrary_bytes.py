@@ -16,13 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dedupstore.erofs import file_extents, is_erofs
+from dedupstore.erofs import file_extents, is_erofs, walk
 from dedupstore.erofs.inodes import INODE_SLOT_BYTES, WINDOW_GAP_BYTES
 from dedupstore.erofs.metadata import BUDGET_BYTES_MIN, BUDGET_PER_IMAGE_BYTE
 from dedupstore.erofs.ranges import partition
 from dedupstore.erofs.superblock import BLOCK_BITS_MAX
 from dedupstore.errors import ErofsError
 from tests.programs import program_path, require_program
+from tools.fuzzing import images
 
 OPTIONS = {
     "inline": (),
@@ -159,6 +160,16 @@ def test_damaged_metadata(sound: Sound, damage: list[tuple[int, int]]) -> None:
 @given(place=places)
 def test_truncated_image(sound: Sound, place: int) -> None:
     check(sound.image[: place % len(sound.image)])
+
+
+def test_stretches_beyond_what_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of gigabytes of ranges fit into a gigabyte of maps of a sparse image."""
+    image = images.drawn()["indexes"]
+    assert file_extents(CountingReader(image).read_at, len(image))
+    monkeypatch.setattr(walk, "RANGES_MIN", 1)
+    monkeypatch.setattr(walk, "RANGES_MAX", 1)
+    with pytest.raises(ErofsError, match="more stretches"):
+        file_extents(CountingReader(image).read_at, len(image))
 
 
 def spliced(image: bytes, metadata: tuple[int, ...], splices: list[tuple[int, int, int]]) -> bytes:

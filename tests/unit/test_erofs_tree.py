@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dedupstore.erofs import contents, inventory, read_tree
+from dedupstore.erofs import contents, inventory, metadata, read_tree
+from dedupstore.erofs import xattrs as xattrs_module
 from dedupstore.erofs.contents import ImageContent, Piece
 from dedupstore.erofs.tree import Attributes, Directory, Node, RegularFile, Special, Symlink
 from dedupstore.errors import ErofsError, SourceError
@@ -554,3 +555,33 @@ def test_more_names_than_permitted_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(inventory, "NAMES_MAX", 1)
     with pytest.raises(ErofsError, match="more names"):
         tree(image)
+
+
+def test_contents_are_bounded_by_the_data_of_a_sparse_image() -> None:
+    image = draw(compact(REG, 8 * BLOCK, u=DATA))
+    assert read_tree(reader(image), len(image), BLOCK).entries
+    huge = draw(compact(REG, (1 << 20) + 64 * BLOCK + 1, u=DATA))
+    sparse = huge + bytes(2 << 20)
+    assert read_tree(reader(sparse), len(sparse)).entries
+    with pytest.raises(ErofsError, match="more file contents than"):
+        read_tree(reader(sparse), len(sparse), BLOCK)
+
+
+def test_shared_attributes_that_overlap_are_charged_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "BUDGET_PER_IMAGE_BYTE", 1)
+    area = struct.pack("<BBH", 1, 1, 0x2000) * 2048
+    raw = body(shared=tuple(range(20)))
+    image = draw(with_xattrs(raw), at={XATTR_BLOCK * BLOCK: area})
+    with pytest.raises(ErofsError, match="larger than the image allows"):
+        tree(image)
+
+
+def test_more_attributes_than_the_image_has_room_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = body(entry(1, b"a", b""), entry(1, b"b", b""))
+    monkeypatch.setattr(xattrs_module, "ATTRIBUTES_MAX", 2)
+    assert len(xattrs(raw)) == 2
+    monkeypatch.setattr(xattrs_module, "ATTRIBUTES_MAX", 1)
+    with pytest.raises(ErofsError, match="more extended attributes"):
+        xattrs(raw)
