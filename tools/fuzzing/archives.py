@@ -126,7 +126,7 @@ def pax(records: Mapping[bytes, bytes], kind: bytes = b"x") -> bytes:
 
 
 def seeds() -> Mapping[str, bytes]:
-    gnu, pax = _tar(tarfile.GNU_FORMAT), _tar(tarfile.PAX_FORMAT)
+    gnu, posix = _tar(tarfile.GNU_FORMAT), _tar(tarfile.PAX_FORMAT)
     end = bytes(1024)
     sparse = {b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"9999"}
     hole = {b"GNU.sparse.map": b"0,3,9000,2", b"GNU.sparse.size": b"9002"}
@@ -135,7 +135,7 @@ def seeds() -> Mapping[str, bytes]:
     escapes += [header(b"out", b"2", 0, b"/etc"), header(b"out/passwd", b"0", 0)]
     return {
         "gnu": gnu,
-        "pax": pax,
+        "pax": posix,
         "gzip": gzip.compress(gnu, mtime=0),
         "bzip2": bz2.compress(gnu),
         "xz": lzma.compress(gnu),

@@ -40,7 +40,9 @@ def main() -> None:
         f"-rss_limit_mb={RSS_MB_MAX}",
         f"-max_len={target.BYTES_MAX}",
     ]
-    atheris.Setup([sys.argv[0], *bounds, *arguments], one_input)
+    # libFuzzer runs itself again, through a shell, when it merges.
+    itself = f"{sys.executable} -m tools.fuzzing.engine {name}"
+    atheris.Setup([itself, *bounds, *arguments], one_input)
     atheris.Fuzz()
 
 
