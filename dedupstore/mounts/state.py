@@ -174,7 +174,9 @@ class Runtime:
 def _require_private(run: Path) -> None:
     """Raise MountError, or OSError, unless what is in the runtime directory is ours."""
     status = run.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if status.st_uid != os.geteuid():
+        raise MountError(f"{run}: belongs to another user; it must be yours, mode 0700")
+    if status.st_mode & 0o022:
         raise MountError(f"{run}: others can write here; it must be yours, mode 0700")
 
 
