@@ -119,6 +119,16 @@ def remove_image(txn: lmdb.Transaction, env: Environment, name: str) -> fmt.Imag
     return image
 
 
+def forget_name(txn: lmdb.Transaction, env: Environment, name: str) -> None:
+    """Forget a name, whatever state its record is in. Raises ImageNotFoundError."""
+    try:
+        key = encode_name(name)
+    except UsageError:
+        raise ImageNotFoundError(name) from None
+    if not txn.delete(key, db=env.images):
+        raise ImageNotFoundError(name)
+
+
 def manifest_record(txn: lmdb.Transaction, env: Environment, digest: bytes) -> memoryview:
     """The stored manifest of an image digest; dies with the transaction."""
     record = txn.get(digest, db=env.manifests)

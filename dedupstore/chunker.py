@@ -108,6 +108,19 @@ def segments_of_data(regions: Iterable[tuple[int, int]]) -> Iterator[Segment]:
             position = stop
 
 
+def cut(segment: Segment, data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
+    """(length, bytes) of the chunks of a segment whose bytes are `data`; None for a hole."""
+    position = 0
+    for length in segment.cuts or cut_by_content(data):
+        if length < 0:
+            yield -length, None
+            position -= length
+            continue
+        piece = data[position : position + length]
+        position += length
+        yield length, None if is_zero(piece) else piece
+
+
 def cut_by_content(data: memoryview) -> Iterator[int]:
     """Lengths of a segment's chunks, in order, negative for holes. The sum of their sizes is
     len(data).

@@ -109,7 +109,7 @@ class Environment:
     Not to be used across a fork, and opened at most once per process and path.
     """
 
-    def __init__(self, directory: Path, *, create: bool = False) -> None:
+    def __init__(self, directory: Path, *, create: bool = False, read_only: bool = False) -> None:
         """Open `directory`. Raises the StoreNotFound/Access/Damaged/VersionError that fits."""
         self.path = directory / DATA_FILE
         self._verified = False
@@ -122,14 +122,16 @@ class Environment:
                 raise StoreAccessError(f"{directory}: already open in this process")
             _open_paths.add(self._key)
         try:
-            self._open(directory, create=create)
+            self._open(directory, create=create, read_only=read_only)
         except BaseException:
             self._forget()
             raise
 
-    def _open(self, directory: Path, *, create: bool) -> None:
+    def _open(self, directory: Path, *, create: bool, read_only: bool) -> None:
         with self._errors():
-            _reserve_lock_file(directory / LOCK_FILE)
+            # On a read-only file system there can be neither locks nor writers: LMDB does without.
+            if not read_only:
+                _reserve_lock_file(directory / LOCK_FILE)
             self._lmdb = lmdb.open(
                 os.fspath(directory),
                 map_size=MAP_BYTES,
@@ -137,6 +139,7 @@ class Environment:
                 max_readers=LMDB_READERS_MAX,
                 mode=0o600,
                 create=create,
+                readonly=read_only,
                 # Frames are read at random and are larger than a page: the kernel's readahead
                 # around a fault still brings the frame, LMDB's advice decides about the rest.
                 readahead=True,
@@ -144,7 +147,8 @@ class Environment:
                 max_spare_txns=16,
             )
             try:
-                self._lmdb.reader_check()
+                if not read_only:
+                    self._lmdb.reader_check()
                 handles = [self._lmdb.open_db(name.encode(), create=create) for name in DATABASES]
             except lmdb.NotFoundError:
                 self._lmdb.close()

@@ -41,6 +41,10 @@ FEATURE_COMPAT_VIEWS = 1
 # Set with the first origin record. Compatible: a release without origins leaves the records alone,
 # and one whose manifest is gone counts as none.
 FEATURE_COMPAT_ORIGINS = 2
+# Set with the first lost record. Compatible: a release without them leaves the records alone, and
+# imports store a lost chunk anew whether they know of the record or not.
+FEATURE_COMPAT_LOST = 4
+FEATURES_COMPAT_KNOWN = FEATURE_COMPAT_VIEWS | FEATURE_COMPAT_ORIGINS | FEATURE_COMPAT_LOST
 
 DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
@@ -70,9 +74,13 @@ _IMAGE = struct.Struct("<32sQQB")
 _VIEW = struct.Struct("<32sQII")
 _ORIGIN_KEY = struct.Struct("<6sQQ")
 _ORIGIN = struct.Struct("<QqqB32s")
+_LOST_KEY = struct.Struct(">4sQ")
+_LOST = struct.Struct("<32sI")
 _MANIFEST = struct.Struct("<QHHIQQQQ")
 _FRAME_KEY = struct.Struct(">Q")
 _DRAFT_KEY = struct.Struct(">16sI")
+FRAME_KEY_BYTES = _FRAME_KEY.size
+INDEX_BYTES = _INDEX.size
 
 assert _SUPER.size == 48
 assert _TOTALS.size == 40
@@ -83,6 +91,8 @@ assert _IMAGE.size == 49
 assert _VIEW.size == 48
 assert _ORIGIN_KEY.size == 22
 assert _ORIGIN.size == 57
+assert _LOST_KEY.size == 12
+assert _LOST.size == 36
 assert _MANIFEST.size == 48
 assert array("Q").itemsize == 8
 assert sys.byteorder == "little"  # arrays are written as they are in memory
@@ -159,16 +169,37 @@ def decode_superblock(record: Buffer) -> Superblock:
     return Superblock(uuid, created, version, compat, readonly_compat, incompat)  # type: ignore[arg-type]
 
 
-def check_superblock(sb: Superblock, where: str) -> None:
-    """Raise StoreVersionError unless this release may read and write the store."""
+def guess_superblock(record: Buffer) -> Superblock | None:
+    """The superblock of a record whose guard fails, if magic, version and flags are such that this
+    release wrote it; identity and creation are then as they are found."""
+    if len(record) != GUARD_BYTES + _SUPER.size:
+        return None
+    magic, version, _, compat, readonly_compat, incompat, uuid, created = _SUPER.unpack_from(
+        record, GUARD_BYTES
+    )
+    known = magic == SUPER_MAGIC and version == FORMAT_VERSION
+    if not known or readonly_compat or incompat or compat & ~FEATURES_COMPAT_KNOWN:
+        return None
+    return Superblock(uuid, created, version, compat)
+
+
+def guess_image(record: Buffer) -> ImageRecord | None:
+    """What an image record whose guard fails says; nothing of it can be believed by itself."""
+    if len(record) != GUARD_BYTES + _IMAGE.size:
+        return None
+    return ImageRecord(*_IMAGE.unpack_from(record, GUARD_BYTES))
+
+
+def check_superblock(sb: Superblock, where: str, *, writing: bool = True) -> None:
+    """Raise StoreVersionError unless this release may read, and if `writing` write, the store."""
     if sb.version > FORMAT_VERSION:
         raise StoreVersionError(
             f"{where}: store has format version {sb.version}, this release knows up to "
             f"{FORMAT_VERSION} (use a newer dedupstore)"
         )
-    unknown = (sb.features_incompat & ~FEATURES_INCOMPAT_KNOWN) | (
-        sb.features_readonly_compat & ~FEATURES_READONLY_COMPAT_KNOWN
-    )
+    unknown = sb.features_incompat & ~FEATURES_INCOMPAT_KNOWN
+    if writing:
+        unknown |= sb.features_readonly_compat & ~FEATURES_READONLY_COMPAT_KNOWN
     if unknown:
         raise StoreVersionError(
             f"{where}: store uses features {unknown:#x} that this release does not know "
@@ -638,6 +669,87 @@ def decode_origin(record: Buffer, key: bytes) -> OriginRecord:
     _, device, inode = _ORIGIN_KEY.unpack(key)
     file = FileState(device, inode, size, mtime_ns, ctime_ns)  # type: ignore[arg-type]
     return OriginRecord(file, digest, kind)  # type: ignore[arg-type]
+
+
+# --- lost chunks ---
+
+_LOST_KEY_PREFIX = b"lost"
+
+
+@dataclass(frozen=True, slots=True)
+class LostChunk:
+    """What is known of a chunk whose bytes are damaged: digest, and length in bytes, 0: unknown."""
+
+    digest: bytes
+    length: int
+
+
+def lost_key(ref: int) -> bytes:
+    """Key of database `meta`: the lost record of the chunk that a reference led to."""
+    return _LOST_KEY.pack(_LOST_KEY_PREFIX, ref)
+
+
+def decode_lost_key(key: Buffer) -> int | None:
+    """The reference of a key of database `meta`; None if it is no lost record's."""
+    if len(key) != _LOST_KEY.size:
+        return None
+    prefix, ref = _LOST_KEY.unpack(key)
+    return int(ref) if prefix == _LOST_KEY_PREFIX else None
+
+
+def encode_lost(lost: LostChunk, key: bytes) -> bytes:
+    """Value of a lost chunk's key."""
+    return _guarded(_LOST.pack(lost.digest, lost.length), xxh3_64_intdigest(key))
+
+
+def decode_lost(record: Buffer, key: bytes) -> LostChunk:
+    """Return the record of a lost chunk's key."""
+    body = _unguarded(record, "lost", xxh3_64_intdigest(key))
+    return LostChunk(*_unpack(_LOST, body, "lost"))  # type: ignore[arg-type]
+
+
+# --- what is in database `meta`, and mending ---
+
+
+def meta_kind(key: Buffer) -> str | None:
+    """What kind of record a key of database `meta` stands for; None: this release knows none."""
+    if bytes(key) in (SUPERBLOCK_KEY, b"totals"):
+        return bytes(key).decode()
+    if decode_view_key(key) is not None:
+        return "view"
+    if is_origin_key(key):
+        return "origin"
+    return None if decode_lost_key(key) is None else "lost"
+
+
+def with_one_bit_mended(record: Buffer, seed: int, bits: int | None = None) -> bytes | None:
+    """The record as it was before one of its first `bits` bits (default: any) was flipped; None if
+    no single flip explains it.
+
+    The guard tells: that one of the n records that differ in a bit passes by chance has probability
+    n / 2^64. Costs one checksum of the record for each bit.
+    """
+    changed = bytearray(record)
+    stop = 8 * len(changed) if bits is None else min(bits, 8 * len(changed))
+    if len(changed) < GUARD_BYTES:
+        return None
+    with memoryview(changed)[GUARD_BYTES:] as body:
+        guard = _GUARD.unpack_from(changed)[0]
+        actual = xxh3_64_intdigest(body, seed)
+        if (guard ^ actual).bit_count() <= 1:
+            _GUARD.pack_into(changed, 0, actual)
+            return bytes(changed)
+        for bit in range(8 * GUARD_BYTES, stop):
+            changed[bit >> 3] ^= 1 << (bit & 7)
+            if xxh3_64_intdigest(body, seed) == guard:
+                return bytes(changed)
+            changed[bit >> 3] ^= 1 << (bit & 7)
+    return None
+
+
+def record_seed(key: bytes) -> int:
+    """The seed of the guards of image, view, origin and lost records."""
+    return xxh3_64_intdigest(key)
 
 
 # --- drafts ---

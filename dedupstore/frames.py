@@ -102,6 +102,33 @@ def write_totals(txn: lmdb.Transaction, env: Environment, totals: fmt.Totals) ->
     txn.put(TOTALS_KEY, fmt.encode_totals(totals), db=env.meta)
 
 
+def measure(record: fmt.Buffer, frame: int) -> fmt.Totals:
+    """What one frame adds to the totals, as its header says, which need not be sound."""
+    try:
+        header = fmt.decode_frame_header(record, frame)
+    except StoreDamagedError:
+        return fmt.Totals(frame + 1)
+    present = sum(slot.state == fmt.SLOT_PRESENT for slot in header.slots)
+    return fmt.Totals(frame + 1, 1, present, header.raw_bytes, len(record))
+
+
+def count_totals(txn: lmdb.Transaction, env: Environment, frame_next: int) -> fmt.Totals:
+    """The totals as one snapshot's frames give them. A damaged frame counts as it is kept; the next
+    frame number is `frame_next` or beyond the last frame."""
+    counted = fmt.Totals(frame_next)
+    for key, record in txn.cursor(db=env.frames):
+        if len(key) == fmt.FRAME_KEY_BYTES:
+            one = measure(record, fmt.decode_frame_key(key))
+            counted = fmt.Totals(
+                max(counted.frame_next, one.frame_next),
+                counted.frames + one.frames,
+                counted.chunks + one.chunks,
+                counted.unique_bytes + one.unique_bytes,
+                counted.stored_bytes + one.stored_bytes,
+            )
+    return counted
+
+
 def find_chunk(txn: lmdb.Transaction, env: Environment, digest: bytes) -> int | None:
     """Reference of the stored chunk with this digest, or None."""
     value = txn.get(digest, db=env.chunks)
@@ -159,6 +186,29 @@ class FrameWriter:
             stored_bytes=totals.stored_bytes + len(new.record),
         )
         return frame
+
+    def replace(self, frame: int, record: bytearray | None) -> int:
+        """Put an unsealed record in the place of a frame that may be damaged, None: remove it;
+        return the bytes that it took. The index is the caller's business."""
+        key = fmt.frame_key(frame)
+        old = self._txn.get(key, db=self._env.frames)
+        before = fmt.Totals() if old is None else measure(old, frame)
+        after = fmt.Totals() if record is None else measure(memoryview(record), frame)
+        # `old` lies in the map and is not valid after the change below.
+        if record is not None:
+            fmt.seal_frame(record, frame)
+            self._txn.put(key, record, db=self._env.frames)
+        elif old is not None:
+            self._txn.delete(key, db=self._env.frames)
+        totals = self._totals
+        self._totals = replace(
+            totals,
+            frames=totals.frames - before.frames + after.frames,
+            chunks=totals.chunks - before.chunks + after.chunks,
+            unique_bytes=totals.unique_bytes - before.unique_bytes + after.unique_bytes,
+            stored_bytes=totals.stored_bytes - before.stored_bytes + after.stored_bytes,
+        )
+        return before.stored_bytes
 
     def retain(self, frame: int, live: int, codecs: Codecs) -> Dropped:
         """Remove a frame's chunks except those in the bit mask `live`, and the frame with the last.

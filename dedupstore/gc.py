@@ -21,7 +21,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins
+from dedupstore import catalog, origins, quarantine
 from dedupstore import format as fmt
 from dedupstore.constants import FRAME_BYTES_MAX, GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
@@ -48,7 +48,8 @@ class _Marks:
 
     def __init__(self) -> None:
         self.live: defaultdict[int, int] = defaultdict(int)
-        self.manifests: set[bytes] = set()
+        # With their records' guards: a manifest may be stored anew, leading elsewhere.
+        self.manifests: set[tuple[bytes, bytes]] = set()
         self.drafts: set[bytes] = set()
 
     def add_refs(self, refs: Iterable[int]) -> None:
@@ -65,11 +66,13 @@ class _Marks:
 
 @dataclass(frozen=True, slots=True)
 class _Unneeded:
-    """Keys of what nobody needs, in databases `manifests`, `drafts` and `meta`."""
+    """Keys of what nobody needs, in databases `manifests`, `drafts` and `meta`; references of lost
+    chunks that nothing leads to."""
 
     manifests: list[bytes]
     drafts: list[bytes]
     views: list[bytes]
+    lost: list[int]
 
 
 class Collector:
@@ -81,6 +84,8 @@ class Collector:
         self._marks = _Marks()
         self._codecs = Codecs()
         self._committed = -1  # our last write transaction
+        # Frames with lost chunks: nothing in the index leads there, and they may be damaged.
+        self._quarantined: set[int] = set()
         self._manifests = self._drafts = self._chunks = 0
         self._removed = self._rewritten = self._bytes = 0
 
@@ -117,14 +122,26 @@ class Collector:
         views, view_keys = catalog.split_views(txn, env, named)
         named.update(view.digest for view in views)
         unneeded: list[bytes] = []
-        for key in txn.cursor(db=env.manifests).iternext(values=False):
-            digest = bytes(key)
+        for key, record in txn.cursor(db=env.manifests):
+            digest, guard = bytes(key), bytes(record[: fmt.GUARD_BYTES])
             if digest not in named and reclaim.claim(image_byte(digest)):
                 unneeded.append(digest)
-            elif digest not in marks.manifests:
-                marks.add_manifest(catalog.read_manifest(txn, env, digest))
-                marks.manifests.add(digest)
-        return _Unneeded(unneeded, self._mark_drafts(txn, reclaim), view_keys)
+            elif (digest, guard) not in marks.manifests:
+                marks.add_manifest(fmt.decode_manifest(record, digest))
+                marks.manifests.add((digest, guard))
+        drafts = self._mark_drafts(txn, reclaim)
+        return _Unneeded(unneeded, drafts, view_keys, self._unneeded_lost(txn))
+
+    def _unneeded_lost(self, txn: lmdb.Transaction) -> list[int]:
+        """Lost chunks that are not marked, once everything that is needed is."""
+        refs = [ref for ref, _ in quarantine.list_lost(txn, self._env)]
+        self._quarantined.update(ref >> fmt.REF_SLOT_BITS for ref in refs)
+        live = self._marks.live.get
+        return [
+            ref
+            for ref in refs
+            if not live(ref >> fmt.REF_SLOT_BITS, 0) >> (ref & fmt.REF_SLOT_MASK) & 1
+        ]
 
     def _mark_drafts(self, txn: lmdb.Transaction, reclaim: Reclaim) -> list[bytes]:
         marks = self._marks
@@ -206,6 +223,10 @@ class Collector:
             self._committed = txn.id()
             writer = FrameWriter(txn, env)
             for frame in frames:
+                if frame in self._quarantined and not live.get(frame):
+                    self._bytes += writer.replace(frame, None)
+                    self._removed += 1
+                    continue
                 dropped = writer.retain(frame, live.get(frame, 0), self._codecs)
                 self._bytes += dropped.bytes
                 self._chunks += dropped.chunks
@@ -224,6 +245,7 @@ class Collector:
                 txn.delete(key, db=database)
         if unneeded.manifests:
             origins.forget(txn, env, set(unneeded.manifests))
+        quarantine.forget(txn, env, unneeded.lost)
         self._manifests += len(unneeded.manifests)
         self._drafts += len(unneeded.drafts)
 

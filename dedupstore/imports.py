@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import lmdb
 
-from dedupstore import archives, catalog, origins, trees
+from dedupstore import archives, catalog, origins, quarantine, trees
 from dedupstore import format as fmt
 from dedupstore.building import BuiltSource
 from dedupstore.chunker import Segment
@@ -120,7 +120,10 @@ class Importer:
         on_progress: Progress,
     ) -> Imported:
         ingest = Ingest(self._env, self._leases, source)
-        return ingest.run(segments, publish, lambda done: on_progress(done, source.size))
+        imported = ingest.run(segments, publish, lambda done: on_progress(done, source.size))
+        # Of what it stored some may be what other images have lost.
+        quarantine.redirect_all(self._env)
+        return imported
 
     def _publish(self, name: str, kind: int, *, is_view: bool = False) -> Publish:
         """Give the finished image its name."""

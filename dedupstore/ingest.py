@@ -21,8 +21,7 @@ from blake3 import blake3
 from dedupstore import format as fmt
 from dedupstore.chunker import (
     Segment,
-    cut_by_content,
-    is_zero,
+    cut,
     segments_of_data,
     segments_of_extents,
 )
@@ -143,16 +142,9 @@ class Ingest:
             )
         known = self._known
         chunks: list[_Hashed] = []
-        position = 0
         with self._env.read() as txn:
-            for length in segment.cuts or cut_by_content(data):
-                if length < 0:
-                    chunks.append(_Hashed(-length, fmt.ZERO_DIGEST))
-                    position -= length
-                    continue
-                piece = data[position : position + length]
-                position += length
-                if is_zero(piece):
+            for length, piece in cut(segment, data):
+                if piece is None:
                     chunks.append(_Hashed(length, fmt.ZERO_DIGEST))
                     continue
                 digest = blake3(piece).digest()

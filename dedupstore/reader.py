@@ -129,8 +129,12 @@ class ImageReader:
         cache: FrameCache,
         prefetcher: Prefetcher,
         counters: ReadCounters,
+        renew: Callable[[Manifest], Manifest] | None = None,
     ) -> None:
+        """`renew` gives the image's manifest as it is in the store now: the one it gets, unless the
+        image was mended meanwhile."""
         self.name = name
+        self._renew = renew
         self.manifest = manifest
         self._cache = cache
         self._prefetcher = prefetcher
@@ -148,7 +152,7 @@ class ImageReader:
         starts, refs = self.manifest.starts, self.manifest.refs
         index, shift = self.manifest.index, self.manifest.shift
         cached = cache.entries.get
-        miss, fail, fill_zeros = self._miss, self._fail, _fill_zeros
+        miss, recover, fail, fill_zeros = self._miss, self._recover, _fail, _fill_zeros
         slot_bits, slot_mask = fmt.REF_SLOT_BITS, fmt.REF_SLOT_MASK
         bisect, everything = bisect_right, slice(None)
 
@@ -156,44 +160,47 @@ class ImageReader:
             """Fill `buffer` (bytes, writable, the caller's) from `offset` on, bytes from the
             image's start; the range must be inside the image. Raises DedupError; the buffer is
             then undefined."""
-            counters.bytes += len(buffer)
+            length = len(buffer)
+            counters.bytes += length
+            if not length:
+                return
             at = offset >> shift
             run = bisect(starts, offset, index[at], index[at + 1] + 1) - 1
-            while True:
-                inside = offset - starts[run]
-                left = starts[run + 1] - offset
-                # The rest of the request, or what this run holds of it.
-                part = buffer if len(buffer) <= left else buffer[:left]
-                ref = refs[run]
-                if ref:
-                    entry = cached(ref >> slot_bits)
-                    if entry is None or entry.epoch != cache.epoch:
-                        entry = miss(entry, run, offset)
+            try:
+                while True:
+                    inside = offset - starts[run]
+                    left = starts[run + 1] - offset
+                    # The rest of the request, or what this run holds of it.
+                    part = buffer if len(buffer) <= left else buffer[:left]
+                    ref = refs[run]
+                    if ref:
+                        entry = cached(ref >> slot_bits)
+                        if entry is None or entry.epoch != cache.epoch:
+                            entry = miss(entry, run)
+                        else:
+                            counters.hits += 1
+                        try:
+                            at = entry.offsets[ref & slot_mask] + inside
+                            part[everything] = entry.view[at : at + len(part)]
+                        except (ValueError, IndexError):
+                            fail(ref)
                     else:
-                        counters.hits += 1
-                    try:
-                        at = entry.offsets[ref & slot_mask] + inside
-                        part[everything] = entry.view[at : at + len(part)]
-                    except (ValueError, IndexError):
-                        fail(ref, offset)
-                else:
-                    fill_zeros(part)
-                if part is buffer:
-                    return
-                buffer = buffer[left:]
-                offset += left
-                run += 1
+                        fill_zeros(part)
+                    if part is buffer:
+                        return
+                    buffer = buffer[left:]
+                    offset += left
+                    run += 1
+            except DedupError as error:
+                recover(buffer, offset, error)
 
         return read
 
-    def _miss(self, entry: Entry | None, run: int, offset: int) -> Entry:
+    def _miss(self, entry: Entry | None, run: int) -> Entry:
         """The entry of a run whose frame is absent, or used for the first time in this epoch."""
         if entry is None:
             frame = self.manifest.refs[run] >> fmt.REF_SLOT_BITS
-            try:
-                entry = self._cache.get(frame)
-            except DedupError as error:
-                raise self._located(error, offset) from error
+            entry = self._cache.get(frame)
             self._prefetcher.loaded()
         else:
             self._counters.hits += 1
@@ -207,10 +214,24 @@ class ImageReader:
             error.image, error.offset = self.name, offset
         return error
 
-    def _fail(self, ref: int, offset: int) -> None:
-        frame, slot = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
-        error = ChunkDamagedError(frame, "its frame does not hold it", slot)
-        raise self._located(error, offset)
+    def _recover(self, buffer: memoryview, offset: int, error: DedupError) -> None:
+        """Read the rest of a request again if the image was mended since it was opened: what was
+        damaged is elsewhere then, and the manifest leads there. Else raise the error."""
+        if not self._renewed(error):
+            raise self._located(error, offset)
+        self._counters.bytes -= len(buffer)
+        self.read(buffer, offset)
+
+    def _renewed(self, error: DedupError) -> bool:
+        """Whether there is another manifest of this image than the one that led to damage."""
+        if self._renew is None or not isinstance(error, ChunkDamagedError):
+            return False
+        manifest = self._renew(self.manifest)
+        if manifest is self.manifest:
+            return False
+        self.manifest = manifest
+        self.read = self._bind()
+        return True
 
     def _read_ahead(self, run: int) -> None:
         """Ask for the frames behind `run` when reads arrive in order, or nearly: a client with
@@ -238,7 +259,15 @@ class ImageReader:
                 try:
                     self._cache.get(ref >> fmt.REF_SLOT_BITS)
                 except DedupError as error:
+                    if self._renewed(error):
+                        self.load(offset, length)
+                        return
                     raise self._located(error, max(start, offset)) from error
+
+
+def _fail(ref: int) -> None:
+    frame, slot = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
+    raise ChunkDamagedError(frame, "its frame does not hold it", slot)
 
 
 def _fill_zeros(buffer: memoryview) -> None:

@@ -215,7 +215,7 @@ class Store:
         """Forget names, all or none; space comes back with the next gc."""
         with self.env.write() as txn:
             for name in dict.fromkeys(names):
-                catalog.remove_image(txn, self.env, name)
+                catalog.forget_name(txn, self.env, name)
 
     # --- contents ---
 
@@ -256,6 +256,12 @@ class Store:
         except BaseException:
             self.leases.release(image_byte(digest))
             raise
+
+    def renew_manifest(self, manifest: Manifest) -> Manifest:
+        """The manifest of an open image as it is now: the same object, unless damage was mended
+        since. The lease stays; `close_manifest` takes either."""
+        with self.env.read() as txn:
+            return self._shared_manifest(txn, manifest.digest)
 
     def _shared_manifest(self, txn: lmdb.Transaction, digest: bytes) -> Manifest:
         """One object for all who have the image or a clone of it open. Two threads may decode the

@@ -161,7 +161,14 @@ class Session:
                 raise ImageNotFoundError(name)
             manifest = self.store.open_digest(digest)
         self.open_exports += 1
-        return ImageReader(name, manifest, self.cache, self._prefetcher, self.counters)
+        return ImageReader(
+            name,
+            manifest,
+            self.cache,
+            self._prefetcher,
+            self.counters,
+            self.store.renew_manifest,
+        )
 
     def close_export(self, reader: ImageReader) -> None:
         """End a client's use of what `open` returned."""

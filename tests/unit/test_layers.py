@@ -16,7 +16,7 @@ LAYERS = (
     ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "syscalls"),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),
-    ("cache", "manifest", "sources", "building", "pooling", "origins"),
+    ("cache", "manifest", "sources", "building", "pooling", "origins", "quarantine"),
     ("reader", "staging", "trees"),
     ("ingest", "gc", "compaction"),
     ("imports",),

@@ -294,3 +294,13 @@ def test_whole_image_through_the_helper_equals_its_bytes(
 ) -> None:
     add("mixed", MIXED)
     assert read_image(store, "mixed") == MIXED
+
+
+def test_empty_reads_read_nothing(store: Store, add: Callable[[str, bytes], object]) -> None:
+    add("empty", b"")
+    add("full", noise(1, 8192))
+    with opened(store, "empty") as reader:
+        reader.read(memoryview(bytearray()), 0)
+    with opened(store, "full") as reader:
+        for offset in (0, 5000, 8192):
+            reader.read(memoryview(bytearray()), offset)
