@@ -9,7 +9,8 @@ as unsupported, never walked: the store has none.
 Each module imports only from those before it: `findings` what is reported, `layout` the format of
 the file, `datafile` the open file and its meta pages, `pagemap` which pages are accounted for,
 `walk` the way through the trees, `header` the quick look before LMDB opens the file, `verify` the
-walks that callers ask for, `freelist` the pages that are not in use.
+walks that callers ask for, `freelist` the pages that are not in use, `records` what a damaged file
+still holds.
 
 Thread-safe: every call opens the file anew and shares nothing.
 """
@@ -17,6 +18,7 @@ Thread-safe: every call opens the file anew and shares nothing.
 from dedupstore.pages.findings import FREE_LIST, MAIN, META, Finding, PageReport
 from dedupstore.pages.freelist import FreePages, read_free_pages
 from dedupstore.pages.header import verify_header
+from dedupstore.pages.records import RecordReader
 from dedupstore.pages.verify import verify_pages, verify_trees
 from dedupstore.pages.walk import FINDINGS_MAX, Progress
 
@@ -29,6 +31,7 @@ __all__ = [
     "FreePages",
     "PageReport",
     "Progress",
+    "RecordReader",
     "read_free_pages",
     "verify_header",
     "verify_pages",
