@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +17,7 @@ from dedupstore.cli.output import (
     print_pairs,
     progress_to,
 )
+from dedupstore.errors import UsageError
 
 if TYPE_CHECKING:
     from dedupstore.compaction import Compacted
@@ -67,12 +69,28 @@ def _show_compacted(compacted: Compacted) -> None:
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    metavar="SOURCE",
+    type=click.Path(path_type=Path),
+    help="With --repair: mend from another store's directory, or from an image file or device, too."
+    " May be repeated.",
+)
 @json_option
 @pass_context
-def check(context: Context, repair: bool, as_json: bool) -> int:
-    """Verify the whole store: every page, chunk, manifest and name. Exits 1 on damage."""
+def check(context: Context, repair: bool, sources: tuple[Path, ...], as_json: bool) -> int:
+    """Verify the whole store: every page, chunk, manifest and name. Exits 1 on damage.
+
+    One line for each thing that is damaged, or with --repair was: it ends in "(mended)" or says
+    what is still lost. What cannot be mended is put into quarantine, with or without --repair, so
+    that the next import of the same content stores it anew.
+    """
+    if sources and not repair:
+        raise UsageError("check --from: give --repair, too")
     with progress_to("check", "frames") as on_progress:
-        checked = check_store(context.path, repair=repair, on_progress=on_progress)
+        checked = check_store(context.path, repair=repair, sources=sources, on_progress=on_progress)
     if as_json:
         print_json({**asdict(checked), "intact": checked.intact})
     else:
@@ -84,10 +102,13 @@ def _show(checked: Checked) -> None:
     for finding in checked.findings:
         click.echo(_line(finding))
     verdict = f"{len(checked.findings)} findings" if checked.findings else "intact"
-    if checked.findings and checked.intact:
-        verdict += ", all mended"
+    mended = sum(finding.mended for finding in checked.findings)
+    if mended:
+        verdict += ", all mended" if checked.intact else f", {mended} mended"
     chunks = f"{checked.chunks} chunks ({human_bytes(checked.bytes)})"
     click.echo(f"{checked.images} images, {chunks} verified: {verdict}")
+    if checked.advice:
+        click.echo(f"to go on: {checked.advice}")
 
 
 def _line(finding: Finding) -> str:

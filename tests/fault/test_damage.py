@@ -117,10 +117,27 @@ def test_truncated_file_is_refused_by_every_command_in_one_line(
         status, out, err = command(store_dir.path, *words)
         assert "data.mdb" in refusal(status, err)
         assert out == ""
-    status, out, err = command(store_dir.path, "check", "--repair")
+    status, out, err = command(store_dir.path, "check")
     assert (status, err) == (1, "")
     assert "truncated" in out or "lies beyond the end" in out
     assert (store_dir.path / "data.mdb").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_repair_of_a_truncated_file_saves_what_is_left_or_says_that_nothing_is(
+    store_dir: StoreDirectory, filled_store: Path, command: Command, cut: str
+) -> None:
+    damaged = truncate(store_dir, cut)
+    data = store_dir.path / "data.mdb"
+    status, _, err = command(store_dir.path, "check", "--repair", "--from", filled_store)
+    if err:
+        assert "init" in refusal(status, err) or "restore" in err
+        assert data.read_bytes() == damaged
+        return
+    assert data.with_name("data.mdb.damaged").read_bytes() == damaged
+    assert verify_pages(data).findings == ()
+    for name in store_dir.names():
+        assert command(store_dir.path, "export", name, os.devnull)[::2] == (0, "")
 
 
 @pytest.mark.parametrize("cut", ["empty", "two-pages", "half", "last-page-missing"])
@@ -324,18 +341,27 @@ def test_commands_on_damaged_pages_end_with_one_line_at_most_and_write_nothing(
             assert path.read_bytes() == damaged, (flip, words)
 
 
-def test_check_finds_damaged_pages_and_repairs_none(
-    store_dir: StoreDirectory, command: Command, wounded_pages: list[Flip]
+def test_check_finds_damaged_pages_and_a_repair_makes_a_new_file(
+    store_dir: StoreDirectory,
+    command: Command,
+    wounded_pages: list[Flip],
+    filled_store: Path,
+    images: Images,
 ) -> None:
     path = store_dir.path / "data.mdb"
     data = path.read_bytes()
-    for flip in wounded_pages:
+    for number, flip in enumerate(wounded_pages):
         flip.write(path, data)
         damaged = path.read_bytes()
-        status, out, err = command(store_dir.path, "check", "--repair")
+        status, out, err = command(store_dir.path, "check")
         assert (status, err) == (1, ""), flip
         assert "page" in out
         assert path.read_bytes() == damaged
+        if number % 8 == 0:
+            repair = ("check", "--repair", "--from", filled_store)
+            assert command(store_dir.path, *repair)[::2] == (0, ""), flip
+            assert store_dir.export("clone") == images.base.read_bytes()
+            assert store_dir.export("ragged") == images.ragged.read_bytes()
 
 
 def test_plugin_does_not_start_on_damaged_pages_that_it_would_follow(

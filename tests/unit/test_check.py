@@ -364,7 +364,7 @@ def test_damaged_pages_are_findings_and_lmdb_is_not_started(
             if flags == 4:  # the first page of an overflow run, and whatever looks like one
                 file.seek(page * 4096)
                 file.write(b"\xff" * 8)  # its own number
-    monkeypatch.setattr("dedupstore.check.Store", None)  # opening it would fail
+    monkeypatch.setattr("dedupstore.check.run.Environment", None)  # opening it would fail
     found = check_store(path.parent)
     assert found.findings
     assert {finding.what.split()[0] for finding in found.findings} == {"page"}
@@ -384,7 +384,22 @@ def test_truncated_store_is_reported(store: Store, add: Add) -> None:
 # --- repair ---
 
 
-@pytest.mark.parametrize("bit", [0, 80, 8 * 16 + 5, 8 * (16 + 33), -1])
+@pytest.mark.parametrize("bit", [0, 64, 80, 100, 8 * 16 + 5, 8 * (16 + 33)])
+def test_damage_to_what_surrounds_the_chunks_of_a_frame_is_mended_from_the_frame(
+    store: Store, add: Add, bit: int
+) -> None:
+    """Checksum, codec, number of slots, length, a digest, a slot's length."""
+    add("a", DATA)
+    flip_record(store, "frames", keys_of(store, "frames")[0], bit)
+    mended = checked(store, repair=True)
+    assert mended.intact
+    assert mended.findings
+    assert check_store(store.path).findings == ()
+    with Store(store.path) as again:
+        assert read_image(again, "a") == DATA
+
+
+@pytest.mark.parametrize("bit", [-1, -30_000])
 def test_after_repair_the_same_content_imports_into_a_good_image(
     store: Store, add: Add, tmp_path: Path, bit: int
 ) -> None:

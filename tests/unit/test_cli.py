@@ -459,3 +459,39 @@ def test_store_is_sound_after_the_commands_of_a_day(run: Run, path: Path, tmp_pa
         assert run(*arguments)[0] == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "c.img").read_bytes()
     assert check_store(path).findings == ()
+
+
+# --- repair from elsewhere ---
+
+
+def test_check_repairs_from_a_store_and_from_a_file(run: Run, path: Path, tmp_path: Path) -> None:
+    def damage() -> None:
+        with Store(path) as store:
+            manifest = store.open_manifest("a")
+            store.close_manifest(manifest)
+            flip_record(store, "frames", fmt.frame_key(manifest.refs[0] >> 16), -1)
+
+    Store.create(tmp_path / "other").close()
+    assert _run(["--store", str(tmp_path / "other"), "import", str(tmp_path / "a.img")]) == 0
+    for source in ("other", "a.img"):
+        damage()
+        status, out, _ = run("check", "--repair")
+        assert status == 1
+        assert "to go on: " in out
+        result = document(run("check", "--repair", "--from", str(tmp_path / source), "--json"))
+        assert result["intact"]
+        assert [finding["mended"] for finding in result["findings"]] == [True]
+        assert run("check")[0] == 0
+    damage()
+    lines = run("check", "--repair", "--from", str(tmp_path / "a.img"))[1].splitlines()
+    assert lines[0].startswith("image 'a' offset ")
+    assert lines[0].endswith(" (mended)")
+    assert lines[-1].endswith("1 findings, all mended")
+    assert len(lines) == 2
+
+
+def test_from_without_repair_and_what_is_no_source_are_one_line(run: Run, tmp_path: Path) -> None:
+    assert "--repair" in assert_one_line(run("check", "--from", str(tmp_path)), 2)
+    (tmp_path / "empty").mkdir()
+    assert_one_line(run("check", "--repair", "--from", str(tmp_path / "empty")))
+    assert_one_line(run("check", "--repair", "--from", str(tmp_path / "absent")))
