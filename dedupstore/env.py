@@ -2,9 +2,10 @@
 
 Owns the environment, its named databases and the translation of LMDB's errors into the project's.
 LMDB's rules that the rest of the code relies on this module to keep: a path is opened once per
-process (opening it twice breaks its locks), never across a fork, and buffers die with their
-transaction. Thread-safe once opened: any thread may begin a transaction; one writer runs at a time
-over all processes, readers never block and are never blocked.
+process (opening it twice breaks its locks) and by one process at a time (`opening`), never across a
+fork, and buffers die with their transaction. Thread-safe once opened: any thread may begin a
+transaction; one writer runs at a time over all processes, readers never block and are never
+blocked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import lmdb
@@ -30,6 +31,7 @@ from dedupstore.errors import (
     StoreVersionError,
 )
 from dedupstore.memory import advise
+from dedupstore.opening import one_opener
 from dedupstore.pages import verify_header, verify_trees
 
 DATA_FILE = "data.mdb"
@@ -89,6 +91,12 @@ def _is_full(path: Path) -> bool:
     return room.f_bavail * room.f_frsize < _ROOM_BYTES_MIN
 
 
+def _turn(directory: Path) -> AbstractContextManager[None]:
+    """Nobody else opens the store within."""
+    _reserve_lock_file(directory / LOCK_FILE)
+    return one_opener(directory, directory / LOCK_FILE)
+
+
 def _reserve_lock_file(path: Path) -> None:
     """Give LMDB's lock file its blocks: it is mapped, and on a full disk touching a block that is
     not there kills the process (SIGBUS). One that is in use may stay as it is: what it has of
@@ -130,22 +138,22 @@ class Environment:
     def _open(self, directory: Path, *, create: bool, read_only: bool) -> None:
         with self._errors():
             # On a read-only file system there can be neither locks nor writers: LMDB does without.
-            if not read_only:
-                _reserve_lock_file(directory / LOCK_FILE)
-            self._lmdb = lmdb.open(
-                os.fspath(directory),
-                map_size=MAP_BYTES,
-                max_dbs=len(DATABASES),
-                max_readers=LMDB_READERS_MAX,
-                mode=0o600,
-                create=create,
-                readonly=read_only,
-                # Frames are read at random and are larger than a page: the kernel's readahead
-                # around a fault still brings the frame, LMDB's advice decides about the rest.
-                readahead=True,
-                meminit=False,
-                max_spare_txns=16,
-            )
+            turn = nullcontext() if read_only else _turn(directory)
+            with turn:
+                self._lmdb = lmdb.open(
+                    os.fspath(directory),
+                    map_size=MAP_BYTES,
+                    max_dbs=len(DATABASES),
+                    max_readers=LMDB_READERS_MAX,
+                    mode=0o600,
+                    create=create,
+                    readonly=read_only,
+                    # Frames are read at random and are larger than a page: the kernel's readahead
+                    # around a fault still brings the frame, LMDB's advice decides about the rest.
+                    readahead=True,
+                    meminit=False,
+                    max_spare_txns=16,
+                )
             try:
                 if not read_only:
                     self._lmdb.reader_check()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
     ("errors", "constants", "imported", "memory", "holes"),
-    ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "syscalls"),
+    ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "syscalls", "opening"),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),
     ("cache", "manifest", "sources", "building", "pooling", "origins", "quarantine"),

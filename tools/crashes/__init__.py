@@ -1,0 +1,1 @@
+"""Commands killed at chosen instants: `program` runs them, `instants` kills them."""
