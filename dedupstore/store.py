@@ -21,6 +21,7 @@ import lmdb
 
 from dedupstore import catalog, origins
 from dedupstore import format as fmt
+from dedupstore.durability import sync_directory
 from dedupstore.env import DATA_FILE, Environment
 from dedupstore.errors import (
     ImageNotFoundError,
@@ -148,6 +149,12 @@ class Store:
                 write_totals(txn, env, fmt.Totals())
         finally:
             env.close()
+        try:
+            # What is committed is on disk; that its file has a name need not be.
+            sync_directory(path)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise StoreAccessError(f"{path}: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the store; readers and imports must have ended. Idempotent."""

@@ -3,7 +3,7 @@
 `targets` finds out what to mount for an image, and is the only one that knows the store; `mounts`
 is the API (attach, detach, mount, unmount, list, plan) and needs no more than such a target. Below
 it `anchors` (EROFS mounts and overlays), `attachments` (one device per image or view, and how it is
-let go), `devices` (nbd-client, loop devices), `servers` (the store's nbdkit), `handshake` (what a server
+let go), `devices` (nbd-client, loops), `servers` (the store's nbdkit), `handshake` (what a server
 says of an export), `sharing` (what this kernel offers), `state` (the runtime directory) and
 `kernel` (system calls, /proc and /sys). Nothing but the command line imports this package.
 

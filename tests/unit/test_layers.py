@@ -12,8 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module may import from the layers before its own; never from its own, nor from a later one.
 LAYERS = (
-    ("errors", "constants", "imported", "memory", "holes"),
-    ("format", "erofs", "chunker", "pages", "location", "programs", "archives", "syscalls", "opening"),
+    ("errors", "constants", "imported", "memory", "holes", "durability"),
+    (
+        "format",
+        "erofs",
+        "chunker",
+        "pages",
+        "location",
+        "programs",
+        "archives",
+        "syscalls",
+        "opening",
+    ),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),
     ("cache", "manifest", "sources", "building", "pooling", "origins", "quarantine"),
