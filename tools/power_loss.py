@@ -7,8 +7,8 @@ Commands run on ext4 on a disk that records every write, zeroing, trim and flush
 may be after a crash at some point of that order (`crashes.states`: all that was flushed, and of the
 rest any subset of writes, and of their sectors of 512 bytes), mounted, which replays ext4's
 journal, and looked at: check finds nothing, the effect of every command that had ended by then is
-there and every image byte for byte its source, an unfinished command's effect is there whole or not
-at all, and so is an exported file.
+there and every image byte for byte its source, and an unfinished command's effect is there whole or
+not at all. Exported files are not held: they are as durable as what cp writes.
 
 The result means nothing
 - about disks that lose what they said was flushed, or that tear a sector of 512 bytes;

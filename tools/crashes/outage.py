@@ -112,10 +112,9 @@ class Outages:
     def _record(self, work: Path, commands: int, source: random.Random) -> list[Event]:
         events: list[Event] = []
         with disk.recorded(work) as recorded:
-            store, exports = recorded.root / "store", recorded.root / "exports"
-            exports.mkdir()
+            store = recorded.root / "store"
             model = Model(self._sources)
-            planner = Planner(model, exports, Spans(), WEIGHTS_OF_RECORDED)
+            planner = Planner(model, work, Spans(), WEIGHTS_OF_RECORDED)
             events += self._run(recorded, store, [Command("init", ("init",))])
             while len(events) < commands:
                 planned = [plan.command for plan in planner.round(source)]
@@ -201,20 +200,6 @@ class Outages:
                 effect = model.settle(event.command, done=False, observed=observed)
                 self.figures.whole += effect and bool(event.command.effect)
         self.figures.bytes += model.hold_against(observed)
-        self._hold_exports(root, events, position)
-
-    def _hold_exports(self, root: Path, events: list[Event], position: int) -> None:
-        for event in events:
-            if event.command.exports is None:
-                continue
-            target, key = event.command.exports
-            found = root / "exports" / target.name
-            if found.exists():
-                if corpus.sha256(found) != self._sources[key].sha256:
-                    raise InvariantError(f"exported file of {key} is not whole")
-                self.figures.bytes += found.stat().st_size
-            elif event.ended <= position:
-                raise InvariantError(f"exported file of {key} is lost")
 
     def _keep(self, work: Path, events: list[Event], position: int, kind: str, reason: str) -> str:
         place = Path(tempfile.mkdtemp(prefix="power-loss-failure-", dir=self._kept))

@@ -31,7 +31,7 @@ WEIGHTS_OF_KILLED = {
 }  # fmt: skip
 # Those that write to the disk.
 WEIGHTS_OF_RECORDED = {
-    "import": 36, "clone": 8, "rename": 8, "rm": 12, "gc": 12, "compact": 8, "export": 12,
+    "import": 36, "clone": 8, "rename": 8, "rm": 12, "gc": 12, "compact": 8,
 }  # fmt: skip
 
 
