@@ -39,7 +39,7 @@ sys.path.insert(0, str(_ROOT))
 from dedupstore.errors import DedupError, ImageNotFoundError, UsageError  # noqa: E402
 from dedupstore.location import default_store  # noqa: E402
 from dedupstore.reader import ImageReader  # noqa: E402
-from nbdplugin import threadstate  # noqa: E402
+from nbdplugin import stopping, threadstate  # noqa: E402
 from nbdplugin.session import Config, Session  # noqa: E402
 from nbdplugin.threadstate import pin, pinned  # noqa: E402
 
@@ -104,6 +104,7 @@ def after_fork() -> None:
     # Only now: neither LMDB nor threads survive the fork with which nbdkit daemonises.
     global _session, _metrics
     threadstate.install()
+    stopping.install(nbdkit.shutdown)  # before there are threads
     _session = Session(_config)
     if _config.metrics is not None:
         from nbdplugin.metrics import MetricsServer  # noqa: PLC0415 - 50 ms, only when asked for

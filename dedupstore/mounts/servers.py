@@ -57,14 +57,11 @@ def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
     return None
 
 
-def ensure_server(runtime: Runtime, store: Path, export: Export) -> Path:
-    """The socket of a server that serves the export, started if need be.
+def start_server(runtime: Runtime, store: Path, export: Export) -> Path:
+    """Start this tool's own server where `find_server` has found none; its socket.
 
     Raises ProgramError when nbdkit is missing or fails, and as `find_server`.
     """
-    found = find_server(runtime, store, export)
-    if found is not None:
-        return found
     _forget(runtime)
     # nbdkit listens before it daemonises: when this returns, connecting works.
     run_program(start_command(runtime, store), _START_SECONDS)
