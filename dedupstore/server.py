@@ -1,13 +1,16 @@
-"""How nbdkit is run with the plugin: the command line, and nothing about who runs it.
+"""How nbdkit is run with the plugin: command line and socket, and nothing about who runs it.
 
-Pure but for looking programs and files up. Thread-safe.
+Thread-safe.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +22,10 @@ from dedupstore.programs import find_program
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
-    syntax."""
+    syntax. No `socket`: those that systemd has opened, which nbdkit finds by itself."""
 
     store: Path
-    socket: Path
+    socket: Path | None
     images: Sequence[str] = ()
     cache: str | None = None
     metrics: Path | None = None
@@ -37,14 +40,29 @@ def plugin_path() -> Path:
     return Path(spec.origin).with_name("dedup.py")
 
 
+def forget_stale_socket(path: Path) -> None:
+    """Remove the unix socket that a killed server has left, on which no other could listen. One
+    that somebody listens on stays, as do what is no socket and what may not be removed: nbdkit
+    then says so."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        refused = probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED
+    if refused:
+        with suppress(OSError):
+            path.unlink()
+
+
 def server_command(options: ServerOptions, *extra: str) -> list[str]:
     """The nbdkit command line; `extra` are nbdkit's own options, put before the plugin."""
-    # nbdkit's own message for it does not say so.
-    if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(
-            f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
-        )
-    command = [find_program("nbdkit", "nbdkit"), "--unix", str(options.socket), "--readonly"]
+    command = [find_program("nbdkit", "nbdkit"), "--readonly"]
+    if options.socket is not None:
+        # nbdkit's own message for it does not say so.
+        if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
+            raise UsageError(
+                f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+            )
+        command += ["--unix", str(options.socket)]
     command += [*extra, "python", str(plugin_path()), f"store={options.store}"]
     command += [f"image={image}" for image in options.images]
     if options.cache is not None:

@@ -42,7 +42,7 @@ sys.path.insert(0, str(_ROOT))
 from dedupstore.errors import DedupError, ImageNotFoundError, UsageError, shown  # noqa: E402
 from dedupstore.location import default_store  # noqa: E402
 from dedupstore.reader import ImageReader  # noqa: E402
-from nbdplugin import threadstate  # noqa: E402
+from nbdplugin import stopping, threadstate  # noqa: E402
 from nbdplugin.session import Config, Session  # noqa: E402
 from nbdplugin.threadstate import pin, pinned  # noqa: E402
 
@@ -127,6 +127,7 @@ def after_fork() -> None:
     # Only now: neither LMDB nor threads survive the fork with which nbdkit daemonises.
     global _session, _metrics, _files
     threadstate.install()
+    stopping.install(nbdkit.shutdown)  # before there are threads
     _session = Session(_config)
     if _config.metrics is not None:
         _metrics = sys.modules["nbdplugin.metrics"].MetricsServer(_config.metrics, _session)

@@ -31,6 +31,7 @@ _MODULES = {
     "init": "images",
     "ls": "images",
     "mount": "mounting",
+    "reconnect": "mounting",
     "rename": "images",
     "rm": "images",
     "serve": "serving",

@@ -1,4 +1,4 @@
-"""Commands that put images into the kernel: attach, detach, mount, umount."""
+"""Commands that put images into the kernel: attach, detach, mount, umount, reconnect."""
 
 from __future__ import annotations
 
@@ -130,4 +130,15 @@ def umount(directory: Path) -> None:
     _host().unmount(directory)
 
 
-COMMANDS = (attach, detach, mount, umount)
+@click.command()
+@pass_context
+def reconnect(context: Context) -> None:
+    """Give the store's nbd devices new connections after its server was restarted.
+
+    What waited for the server then goes on. If no server runs, one is started. Needs root; may be
+    done at any time.
+    """
+    _host().reconnect(context.path)
+
+
+COMMANDS = (attach, detach, mount, umount, reconnect)

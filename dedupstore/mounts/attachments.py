@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dedupstore import syscalls
-from dedupstore.mounts import devices, kernel
-from dedupstore.mounts.devices import Roots
-from dedupstore.mounts.servers import ensure_file, ensure_server, stop_server
+from dedupstore.errors import MountError
+from dedupstore.mounts import devices, kernel, nbd
+from dedupstore.mounts.nbd import Roots
+from dedupstore.mounts.programs import wait
+from dedupstore.mounts.servers import ensure_file, find_server, start_server, stop_server
 from dedupstore.mounts.state import Export, Record, Runtime, Target, load_record, save_record
 
 # The kernel finishes taking a loop device off its file after the call that asked for it.
@@ -55,8 +58,12 @@ class Attachment:
         if record.device is None:
             return next(iter(kernel.loops_over(self.file)), None)
         device = Path(record.device)
-        ours = devices.nbd_is_ours(device, Path(record.socket), record.export.name, self.roots)
-        return device if ours else None
+        return device if nbd.is_ours(device, self.backend, self.roots) else None
+
+    @property
+    def backend(self) -> str:
+        """What the kernel shows for its nbd device: no other attachment's is the same."""
+        return str(self.directory)
 
     @property
     def block_bytes(self) -> int:
@@ -79,12 +86,22 @@ class Attachment:
     def responds(self) -> bool:
         """Whether reading works all the way from the server, which itself is known to answer."""
         if self.record.device is not None:
-            return self.device is not None  # nbd-client ends with its connection
+            return self.device is not None  # `ensure` sees to its connections
         return devices.responds(self.file)
 
     def ensure_device(self) -> Path:
         """The block device; over a file a loop device is made. Raises OSError."""
         return self.device or kernel.attach_loop(self.file, self.block_bytes)
+
+    def reconnect(self, server: Path) -> None:
+        """Give an nbd device new connections for those that are dead. Raises MountError."""
+        record = self.record
+        if record.device is None or self.device is None:
+            return
+        device, name = Path(record.device), record.export.name
+        nbd.reconnect(device, server, name, backend=self.backend, size=record.size)
+        record.socket = str(server)
+        self.save()
 
     def save(self) -> None:
         """Write the record."""
@@ -122,9 +139,14 @@ def ensure(
     One that does not work any more stays under its mounts until they are unmounted. Raises
     MountError, ProgramError; nothing half-made stays.
     """
-    socket = ensure_server(runtime, target.store, export)
+    socket = find_server(runtime, target.store, export)
+    if socket is None:
+        socket = start_server(runtime, target.store, export)
+        with suppress(MountError):  # what is wrong with another image is no matter here
+            reconnect(runtime, roots)
     found = find(runtime, export.digest, target.share if mounting else None, roots)
     if found is not None:
+        found.reconnect(socket)
         found.save()
         return found
     _drop_dead(runtime, export.digest, roots)
@@ -139,6 +161,25 @@ def ensure(
         release(made)
         raise
     return made
+
+
+def reconnect(runtime: Runtime, roots: Roots) -> None:
+    """Give every nbd device of a store new connections where it needs them; a server is started if
+    none runs. One that cannot be helped does not keep this from the others. Raises the first
+    MountError, ProgramError."""
+    failure = None
+    for attachment in attachments(runtime, roots):
+        record = attachment.record
+        if record.device is None:
+            continue
+        try:
+            store = Path(record.store)
+            server = find_server(runtime, store, record.export)
+            attachment.reconnect(server or start_server(runtime, store, record.export))
+        except MountError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def _drop_dead(runtime: Runtime, digest: str, roots: Roots) -> None:
@@ -186,8 +227,7 @@ def plan(
             shlex.join(["mount", "--bind", str(source), str(made.file)]),
         ]
     made.record.device = str(device)
-    command = devices.nbd_client_command(device, socket, export.name, made.block_bytes)
-    return made, [shlex.join(command)]
+    return made, [nbd.connect_command(device, socket, export.name, made.block_bytes)]
 
 
 def _bind_file(source: Path, file: Path) -> None:
@@ -197,22 +237,25 @@ def _bind_file(source: Path, file: Path) -> None:
 
 def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
     with runtime.device_lock():
-        devices.load_nbd(made.roots)
-        device = devices.free_nbd(made.roots)
+        nbd.load(made.roots)
+        device = next(nbd.free_devices(made.roots), None)
         if device is None:
             return False
         record = made.record
         record.device = str(device)
         made.save()  # before: the device must never be without a record
-        devices.connect_nbd(
+        connected = nbd.connect(
             device,
             Path(record.socket),
             record.export.name,
+            backend=made.backend,
             block=made.block_bytes,
             size=record.size,
             roots=made.roots,
         )
-    return True
+        if not connected:
+            record.device = None
+        return connected
 
 
 def sweep(runtime: Runtime, roots: Roots) -> None:
@@ -264,7 +307,7 @@ def _drop_loop(attachment: Attachment) -> bool:
 def release(attachment: Attachment) -> bool:
     """Take an attachment down, device and directory. False: something in the kernel still uses it.
 
-    Raises ProgramError if nbd-client fails.
+    Raises MountError if the kernel refuses to disconnect its device.
     """
     directory = attachment.directory
     if not (kernel.try_unmount(attachment.top) and kernel.try_unmount(attachment.anchor)):
@@ -273,14 +316,13 @@ def release(attachment: Attachment) -> bool:
     if not _drop_loop(attachment):
         return False
     if attachment.record.device is not None:
-        device = Path(attachment.record.device)
-        ours = attachment.device is not None or devices.nbd_is_orphan(device, attachment.roots)
-        if ours and kernel.is_claimed(device):
+        device = attachment.device
+        if device is not None and kernel.is_claimed(device):
             return False
-        if ours:
-            devices.disconnect_nbd(device, attachment.roots)
+        if device is not None:
+            nbd.disconnect(device, attachment.roots)
     patience = _LOOP_SECONDS if loops else 0
-    if not devices.wait(lambda: kernel.try_unmount(attachment.file), patience):
+    if not wait(lambda: kernel.try_unmount(attachment.file), patience):
         return False
     for name in _FILES:
         (directory / name).unlink(missing_ok=True)

@@ -182,10 +182,10 @@ def loops_over(file: Path, sys: Path = Path("/sys")) -> list[Path]:
     return found
 
 
-def command_line(pid: int, proc: Path = Path("/proc")) -> list[str]:
+def command_line(pid: int) -> list[str]:
     """A process's arguments; none if it has ended. They tell ours from one that got its id."""
     try:
-        raw = (proc / str(pid) / "cmdline").read_bytes()
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return []
     return [os.fsdecode(part) for part in raw.split(b"\0")[:-1]]

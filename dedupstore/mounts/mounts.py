@@ -1,4 +1,4 @@
-"""attach, detach, mount, unmount, list and plan: what the commands of those names do.
+"""attach, detach, mount, unmount, reconnect, list and plan: what the commands of those names do.
 
 A `Host` is one runtime directory. Operations of one store are serialised by its lock, over
 processes; `list_mounts` and the plans take none. Every failure is a MountError, a ProgramError or
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from dedupstore import syscalls
 from dedupstore.errors import MountError
-from dedupstore.mounts import anchors, attachments, devices, kernel
+from dedupstore.mounts import anchors, attachments, devices, kernel, nbd
 from dedupstore.mounts.anchors import EROFS
 from dedupstore.mounts.attachments import Attachment
-from dedupstore.mounts.devices import Roots
+from dedupstore.mounts.nbd import Roots
 from dedupstore.mounts.servers import find_server, start_command
 from dedupstore.mounts.sharing import POOL
 from dedupstore.mounts.state import Export, Runtime, Target, runtimes
@@ -189,6 +189,18 @@ class Host:
                 return attachment
         return None
 
+    def reconnect(self, store: Path) -> None:
+        """After the server of the store at `store` was started again: give the nbd devices that
+        hung on it new connections, and what waited goes on. Without a server one is started. May be
+        done at any time. Raises MountError for a device that cannot be helped, after the others."""
+        _require_root("reconnect")
+        resolved = str(store.resolve())
+        for runtime in runtimes(self.run):
+            found = attachments.attachments(runtime, self.roots)
+            if any(each.record.store == resolved for each in found):
+                with self._changing(runtime):
+                    attachments.reconnect(runtime, self.roots)
+
     def list_mounts(self) -> tuple[list[Mount], list[Attached]]:
         """All mounts and attached devices, of every store."""
         found = runtimes(self.run)
@@ -290,8 +302,8 @@ class Host:
         """The commands up to the devices, and the attachments as they are or would be."""
         runtime = Runtime(self.run, target.store_uuid)
         socket = find_server(runtime, target.store, target.export)
-        free = devices.free_nbds(self.roots)
         lines, planned = [], []
+        free = nbd.free_devices(self.roots)
         for export in exports:
             attachment = attachments.find(runtime, export.digest, share, self.roots)
             if attachment is None:

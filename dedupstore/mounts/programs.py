@@ -1,12 +1,17 @@
-"""Runs a program that does its work and returns, and turns how it failed into one line."""
+"""Runs a program that does its work and returns, and turns how it failed into one line; waits for
+what others do."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dedupstore.errors import ProgramError
+
+_POLL_SECONDS = 0.005
 
 
 def run_program(command: list[str], timeout_seconds: float) -> None:
@@ -36,3 +41,13 @@ def run_program(command: list[str], timeout_seconds: float) -> None:
 def last_line(text: str) -> str:
     """The last line of what a program printed; empty if it printed nothing."""
     return next(reversed(text.strip().splitlines()), "")
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Look until a condition holds; False if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True

@@ -56,22 +56,25 @@ def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
     return store / SERVE_SOCKET if served == export.digest else None
 
 
-def ensure_server(runtime: Runtime, store: Path, export: Export) -> Path:
-    """The socket of a server that serves the export, started if need be.
+def start_server(runtime: Runtime, store: Path, export: Export) -> Path:
+    """Start this tool's own server where `find_server` has found none; its socket.
 
     Raises ProgramError when nbdkit is missing or fails, and as `find_server`.
     """
-    found = find_server(runtime, store, export)
-    if found is None:
-        _start(runtime, store, export)
-    return found or runtime.socket
+    _forget(runtime)
+    runtime.files.mkdir(mode=0o700)
+    # nbdkit listens before it daemonises: when this returns, connecting works.
+    run_program(start_command(runtime, store), _START_SECONDS)
+    if not _own_serves(runtime, export):
+        raise ProgramError("nbdkit", "ended as soon as it was started (see the system log)")
+    return runtime.socket
 
 
 def ensure_file(runtime: Runtime, store: Path, export: Export) -> Path:
     """The export as a file of this tool's own server, started if need be. Raises as
-    `ensure_server`, and MountError where this machine has no FUSE."""
+    `start_server`, and MountError where this machine has no FUSE."""
     if not _own_serves(runtime, export):
-        _start(runtime, store, export)
+        start_server(runtime, store, export)
     if not kernel.is_mounted(runtime.files):
         raise MountError(f"no nbd device is free and there is no {_FUSE} (modprobe nbd or fuse)")
     return runtime.files / export.digest
@@ -90,15 +93,6 @@ def _own_serves(runtime: Runtime, export: Export) -> bool:
         what = f"{socket}: the store's server does not serve {export.digest[:16]}"
         raise MountError(f"{what} (removed meanwhile? try again)")
     return True
-
-
-def _start(runtime: Runtime, store: Path, export: Export) -> None:
-    _forget(runtime)
-    runtime.files.mkdir(mode=0o700)
-    # nbdkit listens before it daemonises: when this returns, connecting works.
-    run_program(start_command(runtime, store), _START_SECONDS)
-    if not _own_serves(runtime, export):
-        raise ProgramError("nbdkit", "ended as soon as it was started (see the system log)")
 
 
 def stop_server(runtime: Runtime) -> None:

@@ -214,6 +214,50 @@ def test_signal_under_load_ends_the_server_cleanly(server: Servers, how: signal.
     assert not (running.directory / "metrics").exists()
 
 
+IDLE = """\
+h = connect()
+h.pread(512, 0)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_ends_the_server_although_clients_are_idle(
+    server: Servers, how: signal.Signals
+) -> None:
+    running = server()
+    with running.start_client(IDLE, "base") as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "ready\n"
+        running.signal(how)
+        running.stop()
+        assert client.poll() is None
+        client.communicate("go\n", PATIENCE_SECONDS)
+
+
+BACKLOG = """\
+h = connect()
+buffers = [nbd.Buffer(1 << 20) for _ in range(48)]
+answers = []
+cookies = [h.aio_pread(buffer, 0, lambda error: answers.append(error.value)) for buffer in buffers]
+print("asked", flush=True)
+while len(answers) < len(cookies):
+    h.poll(-1)
+print(answers.count(0), len({hashlib.sha256(b.to_bytearray()).digest() for b in buffers}))
+"""
+
+
+def test_what_was_asked_before_the_signal_is_answered(server: Servers) -> None:
+    running = server()
+    with running.start_client(BACKLOG, "base") as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "asked\n"
+        running.signal(signal.SIGTERM)
+        running.stop()
+        assert client.communicate(timeout=PATIENCE_SECONDS)[0] == "48 1\n"
+
+
 def test_stale_metrics_socket_is_replaced(
     server: Servers, store_dir: StoreDirectory, short_path: Path
 ) -> None:

@@ -1,65 +1,96 @@
-"""mounts over nbd devices, which this kernel may not have: a laid-out /sys, /dev and /proc, and a
-stand-in for nbd-client that changes them as the real one makes the kernel do."""
+"""mounts over nbd devices, which this kernel may not have: a laid-out /sys and /dev, and a stand-in
+for the kernel's side of netlink that changes them as the real one does. What the kernel makes of
+it is in tests/vm."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dedupstore.errors import ProgramError
-from dedupstore.mounts import attachments, devices, handshake, kernel, servers
-from dedupstore.mounts.devices import Roots
+from dedupstore.errors import MountError
+from dedupstore.mounts import attachments, handshake, kernel, nbd, netlink, servers
 from dedupstore.mounts.mounts import Host
+from dedupstore.mounts.nbd import Roots
 from dedupstore.mounts.state import Export, Runtime, Target, default_run, load_record
 
 SIZE = 8 << 20
-CLIENT_PID = 4711
 EXPORT = Export("ab" * 32, SIZE, "erofs")
-CLIENT = """\
-#!/bin/sh -e
-echo "$*" >> {root}/calls
-if [ "$1" = -d ]; then
-    block={root}/sys/block/${{2##*/}}
-    rm $block/pid
-    echo 0 > $block/size
-    exit
-fi
-[ ! -e {root}/broken ] || {{ echo "Negotiation: .." >&2; echo "Error: it broke" >&2; exit 1; }}
-block={root}/sys/block/${{3##*/}}
-printf '%s\\0' nbd-client "$@" > {root}/proc/{pid}/cmdline
-echo {sectors} > $block/size
-echo {pid} > $block/pid
-"""
+
+
+@dataclass
+class Driver:
+    """The kernel's nbd driver: twelve free devices in `roots`."""
+
+    roots: Roots
+    calls: list[str] = field(default_factory=list)
+    shows_backends: bool = True
+    refuses: int = 0
+
+    def __post_init__(self) -> None:
+        self.roots.dev.mkdir()
+        for number in range(12):
+            self.block(number).mkdir(parents=True)
+            (self.block(number) / "size").write_text("0\n")
+            (self.roots.dev / f"nbd{number}").write_bytes(bytes(4096))
+
+    def block(self, number: int) -> Path:
+        return self.roots.sys / "block" / f"nbd{number}"
+
+    def connect(self, index: int, sockets: list[socket.socket], **options: Any) -> None:
+        if self.refuses:
+            raise OSError(self.refuses, os.strerror(self.refuses))
+        self.calls.append(f"connect {index} {len(sockets)} {options['size']} {options['block']}")
+        block = self.block(index)
+        (block / "size").write_text(f"{options['size'] // 512}\n")
+        (block / "pid").write_text("1\n")
+        if self.shows_backends:
+            (block / "backend").write_text(f"{options['backend']}\n")
+
+    def reconfigure(self, index: int, sockets: list[socket.socket], *, backend: str) -> None:
+        self.calls.append(f"reconfigure {index} {len(sockets)}")
+        if (self.block(index) / "backend").read_text() != f"{backend}\n":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def disconnect(self, index: int) -> None:
+        self.calls.append(f"disconnect {index}")
+        (self.block(index) / "size").write_text("0\n")
+        for name in ("pid", "backend"):
+            (self.block(index) / name).unlink(missing_ok=True)
 
 
 @pytest.fixture
-def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
-    """Twelve free nbd devices, and nbd-client on PATH."""
-    found = Roots(tmp_path / "sys", tmp_path / "dev", tmp_path / "proc")
-    (found.proc / str(CLIENT_PID)).mkdir(parents=True)
-    found.dev.mkdir()
-    for number in range(12):
-        block = found.sys / "block" / f"nbd{number}"
-        block.mkdir(parents=True)
-        (block / "size").write_text("0\n")
-        (found.dev / f"nbd{number}").write_bytes(bytes(4096))
-    client = tmp_path / "bin" / "nbd-client"
-    client.parent.mkdir()
-    client.write_text(CLIENT.format(root=tmp_path, pid=CLIENT_PID, sectors=SIZE // 512))
-    client.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """The driver in the kernel's place, and a server that takes every connection."""
+    found = Driver(Roots(tmp_path / "sys", tmp_path / "dev"))
+    for name in ("connect", "reconfigure", "disconnect"):
+        monkeypatch.setattr(netlink, name, getattr(found, name))
+    monkeypatch.setattr(netlink, "has_nbd", lambda: True)
+
+    def open_export(path: Path, export: str, timeout_seconds: float) -> handshake.Connection:
+        return handshake.Connection(socket.socket(socket.AF_UNIX), SIZE, 0)
+
+    monkeypatch.setattr(nbd, "open_export", open_export)
     return found
+
+
+@pytest.fixture
+def roots(driver: Driver) -> Roots:
+    return driver.roots
 
 
 @pytest.fixture
 def host(tmp_path: Path, roots: Roots, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host whose server always runs; with the nodes' device numbers, which files do not have."""
     monkeypatch.setattr("dedupstore.mounts.mounts._require_root", lambda command: None)
-    monkeypatch.setattr(attachments, "ensure_server", lambda runtime, store, export: runtime.socket)
+    monkeypatch.setattr(attachments, "find_server", lambda runtime, store, export: runtime.socket)
     monkeypatch.setattr(kernel, "device_number", lambda device: f"43:{device.name[3:]}")
     return Host(tmp_path / "run", roots)
 
@@ -75,104 +106,116 @@ def target(tmp_path: Path) -> Callable[[str], Target]:
     return make
 
 
-def calls(roots: Roots) -> list[str]:
-    return (roots.sys.parent / "calls").read_text().splitlines()
-
-
-def test_command_asks_for_one_persistent_device_over_the_socket(roots: Roots) -> None:
-    command = devices.nbd_client_command(Path("/dev/nbd3"), Path("/run/x.sock"), "a/b c", 4096)
-    assert command[1:] == shlex.split(
-        "-unix /run/x.sock /dev/nbd3 -N 'a/b c' -b 4096 -C 4 -persist -nonetlink"
-    )
-
-
 def test_device_with_a_process_or_a_size_or_without_a_node_is_never_free(roots: Roots) -> None:
     (roots.sys / "block" / "nbd0" / "pid").write_text("1\n")
     (roots.sys / "block" / "nbd1" / "size").write_text("8\n")
     (roots.dev / "nbd2").unlink()
     (roots.sys / "block" / "nbd3").rename(roots.sys / "block" / "nbd3p1")
-    assert devices.free_nbd(roots) == roots.dev / "nbd4"
+    assert next(nbd.free_devices(roots)) == roots.dev / "nbd4"
 
 
 def test_devices_are_taken_in_the_order_of_their_numbers(roots: Roots) -> None:
     for number in range(10):
         (roots.sys / "block" / f"nbd{number}" / "pid").write_text("1\n")
-    assert devices.free_nbd(roots) == roots.dev / "nbd10"
+    assert next(nbd.free_devices(roots)) == roots.dev / "nbd10"
 
 
-def test_without_nbd_devices_or_nbd_client_there_is_none(
+def test_without_nbd_devices_or_netlink_there_is_none(
     roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert devices.free_nbd(Roots(tmp_path, tmp_path, tmp_path)) is None
-
-    def missing(name: str, package: str) -> str:
-        raise ProgramError(name, "not found")
-
-    monkeypatch.setattr(devices, "find_program", missing)
-    assert devices.free_nbd(roots) is None
+    assert list(nbd.free_devices(Roots(tmp_path, tmp_path))) == []
+    monkeypatch.setattr(netlink, "has_nbd", lambda: False)
+    assert list(nbd.free_devices(roots)) == []
 
 
 def test_image_and_clone_are_one_device_disconnected_after_the_last_name(
-    host: Host, roots: Roots, target: Callable[[str], Target]
+    host: Host, driver: Driver, target: Callable[[str], Target]
 ) -> None:
     device = host.attach(target("base"))
-    assert device == roots.dev / "nbd0"
+    assert device == driver.roots.dev / "nbd0"
     assert host.attach(target("clone")) == device
     _, (attached,) = host.list_mounts()
     assert attached.names == ["base", "clone"]
     store = Path(attached.store)
     host.detach("base", store)
-    assert len(calls(roots)) == 1
+    assert driver.calls == [f"connect 0 4 {SIZE} 4096", "reconfigure 0 4"]
     host.detach(str(device), store)
-    assert calls(roots)[1:] == [f"-d {device}"]
+    assert driver.calls[2:] == ["disconnect 0"]
     assert host.list_mounts() == ([], [])
-    assert devices.free_nbd(roots) == device
+    assert next(nbd.free_devices(driver.roots)) == device
 
 
-def test_device_that_somebody_else_has_by_now_is_not_disconnected(
-    host: Host, roots: Roots, target: Callable[[str], Target]
+def test_device_that_somebody_else_has_by_now_is_left_alone(
+    host: Host, driver: Driver, target: Callable[[str], Target]
 ) -> None:
-    device = host.attach(target("base"))
-    (roots.proc / str(CLIENT_PID) / "cmdline").write_bytes(b"nbd-client\0other\0")
+    host.attach(target("base"))
+    (driver.block(0) / "backend").write_text("somebody else's\n")
     assert host.list_mounts() == ([], [])
-    assert host.attach(target("base")) == roots.dev / "nbd1"
-    assert f"-d {device}" not in calls(roots)
+    host.reconnect(target("base").store)
+    assert host.attach(target("base")) == driver.roots.dev / "nbd1"
+    assert "disconnect 0" not in driver.calls
+    assert "reconfigure 0 4" not in driver.calls
 
 
-def test_device_without_a_claim_is_an_orphan_and_goes(
-    host: Host, roots: Roots, target: Callable[[str], Target]
+def test_device_without_a_claim_goes(
+    host: Host, driver: Driver, target: Callable[[str], Target]
 ) -> None:
     host.attach(target("base"))
     runtime = Runtime(host.run, target("base").store_uuid)
-    (attachment,) = attachments.attachments(runtime, roots)
+    (attachment,) = attachments.attachments(runtime, driver.roots)
     attachment.record.claims.clear()
     attachment.save()
-    attachments.sweep(runtime, roots)
-    assert calls(roots)[-1] == f"-d {roots.dev / 'nbd0'}"
+    attachments.sweep(runtime, driver.roots)
+    assert driver.calls[-1] == "disconnect 0"
     assert runtime.directories() == []
 
 
-def test_failing_nbd_client_is_quoted_and_leaves_nothing(
-    host: Host, roots: Roots, target: Callable[[str], Target]
+def test_device_that_the_kernel_refuses_leaves_nothing(
+    host: Host, driver: Driver, target: Callable[[str], Target]
 ) -> None:
-    (roots.sys.parent / "broken").touch()
-    with pytest.raises(ProgramError, match=r"^nbd-client: Error: it broke$"):
+    driver.refuses = errno.EBUSY
+    with pytest.raises(MountError, match=r"nbd0: Device or resource busy$"):
         host.attach(target("base"))
     assert Runtime(host.run, target("base").store_uuid).directories() == []
 
 
-def test_device_that_never_becomes_ready_is_disconnected(
-    host: Host, roots: Roots, target: Callable[[str], Target], monkeypatch: pytest.MonkeyPatch
+def test_kernel_that_does_not_show_whose_a_device_is_gives_none(
+    driver: Driver, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(devices, "_READY_SECONDS", 0.3)
-    monkeypatch.setattr(devices, "_sectors", lambda block: 0)
-    with pytest.raises(ProgramError, match="did not become ready"):
-        host.attach(target("base"))
-    assert calls(roots)[-1] == f"-d {roots.dev / 'nbd0'}"
-    assert Runtime(host.run, target("base").store_uuid).directories() == []
+    driver.shows_backends = False
+    device, roots = driver.roots.dev / "nbd0", driver.roots
+    options: Any = {"backend": "x", "block": 4096, "size": SIZE, "roots": roots}
+    assert not nbd.connect(device, tmp_path / "s", "/x", **options)
+    assert next(nbd.free_devices(roots)) == device
 
 
-def test_plan_of_mount_is_nbd_client_and_mount(
+def test_server_with_another_size_under_that_name_is_refused(
+    driver: Driver, tmp_path: Path
+) -> None:
+    device, roots = driver.roots.dev / "nbd0", driver.roots
+    with pytest.raises(MountError, match=f"'/x' has {SIZE} bytes, not 512"):
+        nbd.connect(device, tmp_path, "/x", backend="x", block=512, size=512, roots=roots)
+    assert driver.calls == []
+
+
+def test_reconnecting_gives_every_device_of_the_store_connections(
+    host: Host, driver: Driver, target: Callable[[str], Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.attach(target("base"))
+    moved = host.run / "moved"
+    monkeypatch.setattr(attachments, "find_server", lambda runtime, store, export: None)
+    monkeypatch.setattr(attachments, "start_server", lambda runtime, store, export: moved)
+    host.reconnect(target("base").store)
+    assert driver.calls[1:] == ["reconfigure 0 4"]
+    (attachment,) = attachments.attachments(
+        Runtime(host.run, target("base").store_uuid), driver.roots
+    )
+    assert attachment.record.socket == str(moved)
+    host.reconnect(Path("/another/store"))
+    assert len(driver.calls) == 2
+
+
+def test_plan_of_mount_names_device_and_mount(
     host: Host,
     roots: Roots,
     target: Callable[[str], Target],
@@ -185,11 +228,30 @@ def test_plan_of_mount_is_nbd_client_and_mount(
     connect, mkdir, mount, bind = host.plan_mount(target("base"), tmp_path)
     device = roots.dev / "nbd0"
     anchor = mkdir.split()[-1]
+    words = shlex.split(connect, comments=True)
     name = f"/{EXPORT.digest}"
-    assert connect.endswith(f"-unix /s {device} -N {name} -b 4096 -C 4 -persist -nonetlink")
+    assert words == shlex.split(
+        f"nbd-client -unix /s {device} -N {name} -b 4096 -C 4 -timeout {nbd.TIMEOUT_SECONDS}"
+    )
     assert mount == f"mount -t erofs -o ro {device} {anchor}"
     assert bind == f"mount --bind {anchor} {tmp_path}"
     assert host.plan_attach(target("base")) == [connect]
+
+
+def test_netlink_asks_the_kernel_for_its_families() -> None:
+    assert netlink._family("nlctrl") == 16
+    with pytest.raises(FileNotFoundError):
+        netlink._family("no such family")
+
+
+def test_netlink_message_is_laid_out_as_the_kernel_reads_it() -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        number = one.fileno().to_bytes(4, "little").hex()
+        assert netlink._sockets([one]).hex() == f"1000 0700 0c00 0100 0800 0100 {number}".replace(
+            " ", ""
+        )
+    assert netlink._text(10, "ab").hex() == "07000a0061620000"
+    assert netlink._u64(4, 5).hex() == "0c0004000500000000000000"
 
 
 def test_mountinfo_line_is_read_with_its_escapes_and_optional_fields() -> None:

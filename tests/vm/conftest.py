@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dedupstore.store import Store
+from tests.conftest import silent
 from tests.interop.rig import StoreDirectory, require_nbdkit
 from tests.programs import require_program, unavailable
 from tests.vm.rig import (
@@ -21,11 +22,13 @@ from tests.vm.rig import (
     attach,
     build_tree,
     debian_roots,
+    leave_nothing,
 )
-from tools.guests import sharing
+from tools.guests import inside, sharing
 from tools.guests.cache import SUITES, UnavailableError
 from tools.guests.content import checkout_files
 from tools.guests.guest import Guest
+from tools.guests.sharing import Containers, best_share
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +68,13 @@ def image_store() -> Iterator[Store]:
         yield opened
     store.check()
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def kinds(image_store: Store, tree: Path) -> Path:
+    """The tree of the image `kinds`, which has a file of every kind."""
+    image_store.import_path(tree, "kinds", silent)
+    return tree
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +146,18 @@ def mounted(guest: Guest, device: str) -> Iterator[str]:
     guest.do(["mount", "-t", "erofs", "-o", "ro", device, "/mnt"])
     yield "/mnt"
     guest.do(["umount", "/mnt"])
+
+
+@pytest.fixture(scope="session")
+def best(guest: Guest) -> str:
+    """How this kernel shares."""
+    return best_share(guest)
+
+
+@pytest.fixture
+def containers(guest: Guest, image_store: Store, images: Service) -> Iterator[Containers]:
+    """The containers, nothing of them cached before and nothing left of them after."""
+    found = Containers(guest, image_store, images.store_reads)
+    guest.python(inside.drop_caches)
+    yield found
+    leave_nothing(guest, found)

@@ -3,20 +3,24 @@ may be killed and started again on the same socket."""
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import random
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from dedupstore.server import ServerOptions, server_command
-from tests.interop.rig import read_metrics, takes_connections, wait_until
+from tests.interop.rig import PATIENCE_SECONDS, read_metrics, takes_connections, wait_until
 from tests.programs import require_root, unavailable
 from tools.guests import inside
+from tools.guests.guest import Guest
+from tools.guests.sharing import Containers
 
 Result = TypeVar("Result")
 
@@ -101,7 +105,8 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        """Start nbdkit; returns once it takes connections."""
+        """Start nbdkit; returns once it takes connections. In the foreground it ends with the
+        thread that has started it."""
         self.socket.unlink(missing_ok=True)
         options = ServerOptions(self._store, self.socket, metrics=self._metrics)
         command = server_command(options, "--foreground")
@@ -120,6 +125,53 @@ class Service:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def stop(self) -> None:
+        """As for an upgrade."""
+        assert self._process is not None
+        self._process.terminate()
+        assert self._process.wait(PATIENCE_SECONDS) == 0
+
+
+def leave_nothing(guest: Guest, containers: Containers) -> None:
+    """Unmount all; what is left is lock files, and no device has a size."""
+    containers.umount(*(mount["directory"] for mount in containers.mounts()))
+    assert guest.run("grep -E 'erofs|overlay|nbd' /proc/mounts").stdout == ""
+    assert guest.do("cat /sys/block/nbd*/size | sort -u") == "0\n"
+    files = guest.do("find /run/dedupstore -type f").split()
+    assert {Path(file).name for file in files} <= {"lock", "devices.lock"}
+
+
+class Reader:
+    """Reads a tree in the guest, again and again, beside whatever else goes on there."""
+
+    _STATE = "/tmp/reader"
+
+    def __init__(self, guest: Guest, directory: str) -> None:
+        self._guest = guest
+        call = f"inside.read_again_and_again({directory!r}, {self._STATE!r})"
+        program = shlex.quote(f"from tools.guests import inside; {call}")
+        guest.do(["mkdir", self._STATE])
+        guest.do(f"python3 -c {program} >{self._STATE}/errors 2>&1 &")
+
+    def read_on(self) -> None:
+        """Returns in the middle of a pass, after one that began after the call."""
+        done = int(self._guest.run(["cat", f"{self._STATE}/begun"]).stdout or 0) + 1
+        self._wait_for(f"[ $(cat {self._STATE}/begun) -gt {done} ]")
+
+    def stop(self) -> list[dict[str, Any]]:
+        """End it; what it has read, in every pass."""
+        self._guest.do(["touch", f"{self._STATE}/stop"])
+        self._wait_for(f"[ -e {self._STATE}/inventory ]")
+        found = json.loads(self._guest.do(["cat", f"{self._STATE}/inventory"]))
+        self._guest.do(["rm", "-r", self._STATE])
+        return cast(list[dict[str, Any]], found)
+
+    def _wait_for(self, test: str) -> None:
+        """Wait in the guest, where asking from here would take the reader's processor."""
+        errors = f"{self._STATE}/errors"
+        self._guest.do(f"until {test} 2>/dev/null || [ -s {errors} ]; do sleep 0.2; done")
+        assert self._guest.do(["cat", errors]) == ""
 
 
 def attach(image: str, device: str, *options: str) -> list[str]:

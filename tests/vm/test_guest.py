@@ -117,12 +117,6 @@ def distinct_bytes(tree: Path) -> int:
     return sum(file["size"] for file in files if file["group"] in {None, file["path"]})
 
 
-def test_device_belongs_to_the_client_that_attached_it(guest: Guest, device: str) -> None:
-    pid = guest.do(["cat", "/sys/block/nbd0/pid"]).strip()
-    words = guest.do(["cat", f"/proc/{pid}/cmdline"]).split("\0")
-    assert [*attach("base", device, *PERSISTENT), ""] == words
-
-
 def test_device_let_go_is_free(guest: Guest, device: str) -> None:
     guest.do(["nbd-client", "-d", device])
     guest.do("while [ -e /sys/block/nbd0/pid ]; do sleep 0.05; done", timeout=10)

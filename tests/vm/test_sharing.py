@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dedupstore.erofs.writer import scan_directory, write_image
 from dedupstore.store import Store
 from tests.conftest import silent
 from tests.vm import rig
-from tests.vm.rig import Service, at_once, debian_roots
+from tests.vm.rig import Service, at_once, debian_roots, leave_nothing
 from tools.guests import inside
 from tools.guests.guest import Guest, GuestError
 from tools.guests.sharing import SOCKET, Containers, Cost, best_share
@@ -33,30 +32,6 @@ FIRST, SECOND, THIRD = "/mnt/1", "/mnt/2", "/mnt/3"
 OVERHEAD_CACHED, OVERHEAD_NBD = int(4.5 * MB), 2 * MB
 # A part of the roots that both have, for what needs no more.
 PART = "usr/bin"
-
-
-@pytest.fixture(scope="session")
-def best(guest: Guest) -> str:
-    """How this kernel shares."""
-    return best_share(guest)
-
-
-@pytest.fixture
-def containers(guest: Guest, image_store: Store, images: Service) -> Iterator[Containers]:
-    """The containers, nothing of them cached before and nothing left of them after."""
-    found = Containers(guest, image_store, images.store_reads)
-    guest.python(inside.drop_caches)
-    yield found
-    leave_nothing(guest, found)
-
-
-def leave_nothing(guest: Guest, containers: Containers) -> None:
-    """Unmount all; what is left is lock files, and no device has a size."""
-    containers.umount(*(mount["directory"] for mount in containers.mounts()))
-    assert guest.run("grep -E 'erofs|overlay|nbd' /proc/mounts").stdout == ""
-    assert guest.do("cat /sys/block/nbd*/size | sort -u") == "0\n"
-    files = guest.do("find /run/dedupstore -type f").split()
-    assert {Path(file).name for file in files} <= {"lock", "devices.lock"}
 
 
 @dataclass
@@ -229,17 +204,15 @@ def test_mounted_container_is_as_its_tree(measured: Measured, name: str) -> None
 
 @pytest.mark.parametrize("share", ["kernel", "pool", "none"])
 def test_tree_of_every_kind_of_file_is_mounted_as_it_is(
-    guest: Guest, containers: Containers, best: str, image_store: Store, tree: Path, share: str
+    guest: Guest, containers: Containers, best: str, kinds: Path, share: str
 ) -> None:
     """The image with fingerprints mounts on every kernel, also where it does not share."""
-    if "kinds" not in image_store.names():
-        image_store.import_path(tree, "kinds", silent)
     if share == "kernel" and best != "kernel":
         with pytest.raises(GuestError, match="Invalid argument"):
             containers.mount("kinds", FIRST, share)
         return
     containers.mount("kinds", FIRST, share)
-    assert guest.python(inside.inventory, FIRST) == inside.inventory(str(tree))
+    assert guest.python(inside.inventory, FIRST) == inside.inventory(str(kinds))
 
 
 def test_programs_run_from_the_second_container(
@@ -289,17 +262,6 @@ def test_containers_come_and_go_while_one_is_read(
         containers.umount(SECOND)
     guest.do("kill $(cat /tmp/reader); while pidof find; do sleep 0.1; done")
     assert "error" not in guest.do("cat /tmp/errors").replace("0 errors", "")
-
-
-def test_killed_server_leaves_devices_that_the_next_mount_replaces(
-    guest: Guest, containers: Containers, best: str, images: Service
-) -> None:
-    containers.mount("base", FIRST, best)
-    images.kill()
-    images.start()
-    containers.mount("base", SECOND, best)
-    found = guest.python(inside.inventory, f"{SECOND}/{PART}", timeout=120)
-    assert found == inside.inventory(str(debian_roots() / "base" / PART))
 
 
 # --- devices ---

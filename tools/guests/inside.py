@@ -7,6 +7,7 @@ for what is no UTF-8.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import stat
@@ -59,6 +60,24 @@ def map_all(directory: str) -> int:
                     sum(pages[:: mmap.PAGESIZE])
             total += size
     return total
+
+
+def read_again_and_again(directory: str, state: str) -> None:
+    """Take the inventory of a tree, nothing of it cached, until there is a file `state`/stop; then
+    write it to `state`/inventory. `state`/begun and `state`/done count the passes. Raises whatever
+    reading does, and ValueError when a pass finds something else than the one before."""
+    found: list[dict[str, Any]] = []
+    done = 0
+    while not Path(state, "stop").exists():
+        Path(state, "begun").write_text(str(done + 1))
+        drop_caches()
+        again = inventory(directory)
+        if done and again != found:
+            raise ValueError(f"pass {done + 1} differs")
+        found, done = again, done + 1
+        Path(state, "done").write_text(str(done))
+    Path(state, "new").write_text(json.dumps(found))
+    Path(state, "new").rename(Path(state, "inventory"))
 
 
 def inventory(directory: str) -> list[dict[str, Any]]:

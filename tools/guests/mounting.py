@@ -46,6 +46,11 @@ def umount(directory: str) -> None:
     Host(_RUN).unmount(Path(directory))
 
 
+def reconnect(store: str) -> None:
+    """Give the devices of a store new connections."""
+    Host(_RUN).reconnect(Path(store))
+
+
 def list_mounts() -> list[dict[str, Any]]:
     """What `mount --list` would say."""
     return [asdict(found) for found in Host(_RUN).list_mounts()[0]]

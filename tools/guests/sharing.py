@@ -83,6 +83,11 @@ class Containers:
         """Give back a device or name in the guest. Raises GuestError."""
         self._guest.python(mounting.detach, what, STORE, timeout=_SECONDS)
 
+    def reconnect(self) -> None:
+        """Give the guest's devices new connections to a server that was restarted. Raises
+        GuestError."""
+        self._guest.python(mounting.reconnect, STORE, timeout=_SECONDS)
+
     def mounts(self) -> list[dict[str, Any]]:
         """What `mount --list` would say in the guest."""
         found: list[dict[str, Any]] = self._guest.python(mounting.list_mounts)
