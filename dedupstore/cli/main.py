@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,18 @@ def _failed(message: str, status: int) -> int:
     return status
 
 
+def _lead_to_own_python() -> None:
+    """If another Python's directory comes first on PATH, such as pyenv's or a container image's
+    own, put that of the one that this runs on before it: the Python inside nbdkit takes its
+    standard library from where the first `python3` is, and with another one's ends without a
+    word."""
+    own = Path(sys.base_prefix) / "bin"
+    found = shutil.which("python3")
+    if found is not None and Path(found).resolve().parent != own.resolve():
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `dedupstore` program."""
+    _lead_to_own_python()
     sys.exit(run_guarded(lambda: _run(arguments)))

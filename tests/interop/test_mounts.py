@@ -33,6 +33,7 @@ from dedupstore.store import Store
 from tests.interop.corpus import Images
 from tests.interop.rig import (
     DEDUPSTORE,
+    SYSTEM_PYTHON,
     StoreDirectory,
     mounts_below,
     read_metrics,
@@ -891,6 +892,27 @@ def test_missing_program_is_named_with_its_package(
     monkeypatch.setenv("PATH", str(programs))
     assert "nbdkit: not found (install the package nbdkit)" in rig.store.refuse("attach", "base")
     rig.assert_nothing_left()
+
+
+def test_server_starts_although_another_python_comes_first_on_path(
+    rig: MountRig, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pyenv's or a container image's own does; nbdkit's takes its library from beside it."""
+    library = Path(os.__file__).parent
+    other = tmp_path / "lib" / library.name
+    other.mkdir(parents=True)
+    for entry in library.iterdir():
+        (other / entry.name).symlink_to(entry)
+    (other / "os.py").unlink()  # what marks a library
+    shutil.copy(library / "os.py", other)
+    (other / "ssl.py").unlink()
+    (other / "ssl.py").write_text("raise ImportError('made for another Python')")
+    (tmp_path / "bin").mkdir()
+    shutil.copy(SYSTEM_PYTHON, tmp_path / "bin" / "python3")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    directory = rig.mount("base")
+    assert describe(directory) == describe(images.base_tree)
+    rig.umount(directory)
 
 
 def test_runtime_directory_that_others_may_write_is_refused(rig: MountRig) -> None:
