@@ -25,7 +25,7 @@ from dedupstore.programs import find_program
 
 # The server answers on all of them in parallel; more did not read faster on two cores.
 _CONNECTIONS = 4
-# One for each image or view that is mounted at a time; what is more goes through nbdfuse.
+# One for each image or view that is mounted at a time; what is more goes through FUSE.
 _NBDS_MAX = 128
 # What was asked of a server that died is asked again on a new connection after this long, and no
 # sooner: so long a restart is felt. A request that takes a live server longer costs a connection;

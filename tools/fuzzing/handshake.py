@@ -10,7 +10,7 @@ import io
 import struct
 from collections.abc import Mapping
 
-from dedupstore.mounts.handshake import _description
+from dedupstore.mounts.handshake import _INFO_DESCRIPTION, _OPT_INFO, _ask
 
 BYTES_MAX = 4096
 
@@ -24,7 +24,8 @@ class _Stream(io.BytesIO):
 
 def run(data: bytes) -> None:
     try:
-        words = _description(_Stream(data), b"/name").split()  # type: ignore[arg-type]
+        found = _ask(_Stream(data), _OPT_INFO, "/name") or {}  # type: ignore[arg-type]
+        words = found.get(_INFO_DESCRIPTION, b"").decode(errors="replace").split()
     except OSError:
         return
     assert all(isinstance(word, str) for word in words)
