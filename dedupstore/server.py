@@ -8,25 +8,29 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ProgramError, UsageError
+from dedupstore.listening import TcpAddress, Tls
 from dedupstore.programs import find_program
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
-    syntax."""
+    syntax; `connections` as for the plugin. nbdkit listens in one place: `tcp` or `socket`."""
 
     store: Path
-    socket: Path
+    socket: Path | None
     images: Sequence[str] = ()
     cache: str | None = None
     metrics: Path | None = None
     files: Path | None = None
+    connections: int | None = None
+    tcp: TcpAddress | None = None
+    tls: Tls = field(default_factory=Tls)
 
 
 def plugin_path() -> Path:
@@ -39,12 +43,7 @@ def plugin_path() -> Path:
 
 def server_command(options: ServerOptions, *extra: str) -> list[str]:
     """The nbdkit command line; `extra` are nbdkit's own options, put before the plugin."""
-    # nbdkit's own message for it does not say so.
-    if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(
-            f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
-        )
-    command = [find_program("nbdkit", "nbdkit"), "--unix", str(options.socket), "--readonly"]
+    command = [find_program("nbdkit", "nbdkit"), "--readonly", *_listening(options)]
     command += [*extra, "python", str(plugin_path()), f"store={options.store}"]
     command += [f"image={image}" for image in options.images]
     if options.cache is not None:
@@ -53,4 +52,23 @@ def server_command(options: ServerOptions, *extra: str) -> list[str]:
         command.append(f"metrics={options.metrics}")
     if options.files is not None:
         command.append(f"files={options.files}")
+    if options.connections is not None:
+        command.append(f"connections={options.connections}")
     return command
+
+
+def _listening(options: ServerOptions) -> list[str]:
+    """nbdkit's options for where it listens. Raises UsageError."""
+    tls = options.tls.arguments(over_tcp=options.tcp is not None)
+    if options.tcp is not None:
+        if options.socket is not None:
+            raise UsageError("--tcp, --socket: nbdkit listens in one place only")
+        return [*options.tcp.arguments(), *tls]
+    if options.socket is None:
+        return tls
+    # nbdkit's own message for it does not say so.
+    if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+        )
+    return ["--unix", str(options.socket), *tls]
