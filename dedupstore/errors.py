@@ -101,6 +101,15 @@ class ChunkDamagedError(StoreDamagedError):
         return f"{where}{chunk} is damaged: {self.reason} (run 'dedupstore check')"
 
 
+class ConnectionsError(DedupError):
+    """A server has as many clients as it may have."""
+
+    errno = errno.EMFILE
+
+    def __init__(self, connections_max: int) -> None:
+        super().__init__(f"{connections_max} clients are connected: no more (see connections=)")
+
+
 class ImageNotFoundError(DedupError):
     """No image of that name."""
 

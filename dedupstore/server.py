@@ -11,18 +11,20 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ProgramError, UsageError
+from dedupstore.listening import TcpAddress, Tls
 from dedupstore.programs import find_program
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
-    syntax. No `socket`: those that systemd has opened, which nbdkit finds by itself."""
+    syntax; `connections` as for the plugin. nbdkit listens in one place: `tcp` or `socket`; with
+    neither on the sockets that systemd has opened, which it finds by itself."""
 
     store: Path
     socket: Path | None
@@ -30,6 +32,9 @@ class ServerOptions:
     cache: str | None = None
     metrics: Path | None = None
     files: Path | None = None
+    connections: int | None = None
+    tcp: TcpAddress | None = None
+    tls: Tls = field(default_factory=Tls)
 
 
 def plugin_path() -> Path:
@@ -55,14 +60,7 @@ def forget_stale_socket(path: Path) -> None:
 
 def server_command(options: ServerOptions, *extra: str) -> list[str]:
     """The nbdkit command line; `extra` are nbdkit's own options, put before the plugin."""
-    command = [find_program("nbdkit", "nbdkit"), "--readonly"]
-    if options.socket is not None:
-        # nbdkit's own message for it does not say so.
-        if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
-            raise UsageError(
-                f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
-            )
-        command += ["--unix", str(options.socket)]
+    command = [find_program("nbdkit", "nbdkit"), "--readonly", *_listening(options)]
     command += [*extra, "python", str(plugin_path()), f"store={options.store}"]
     command += [f"image={image}" for image in options.images]
     if options.cache is not None:
@@ -71,4 +69,23 @@ def server_command(options: ServerOptions, *extra: str) -> list[str]:
         command.append(f"metrics={options.metrics}")
     if options.files is not None:
         command.append(f"files={options.files}")
+    if options.connections is not None:
+        command.append(f"connections={options.connections}")
     return command
+
+
+def _listening(options: ServerOptions) -> list[str]:
+    """nbdkit's options for where it listens. Raises UsageError."""
+    tls = options.tls.arguments(over_tcp=options.tcp is not None)
+    if options.tcp is not None:
+        if options.socket is not None:
+            raise UsageError("--tcp, --socket: nbdkit listens in one place only")
+        return [*options.tcp.arguments(), *tls]
+    if options.socket is None:
+        return tls
+    # nbdkit's own message for it does not say so.
+    if len(os.fsencode(options.socket)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"socket {options.socket}: path is longer than {SOCKET_PATH_BYTES_MAX} bytes"
+        )
+    return ["--unix", str(options.socket), *tls]

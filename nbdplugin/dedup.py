@@ -1,7 +1,7 @@
 """nbdkit plugin: every image of a store as a read-only export, from one shared cache.
 
     nbdkit python nbdplugin/dedup.py [store=DIR] [image=NAME|GLOB]... [cache=SIZE] [metrics=PATH]
-           [files=DIR]
+           [files=DIR] [connections=N]
 
 store=DIR      the store; default $DEDUPSTORE, else as for the command line
 image=NAME     an image to serve, or a glob; may be repeated; default every image. The export name
@@ -10,6 +10,8 @@ cache=SIZE     bound of the shared cache in bytes (nbdkit's sizes: 512M, 2G); de
                memory, at most 4G
 metrics=PATH   unix socket to serve Prometheus text on
 files=DIR      an empty directory in which each export is a file too, named by its digest; for root
+connections=N  clients that may be connected at a time; default 1024, fewer where fewer files may be
+               open
 
 Callbacks only: the logic is `nbdplugin.session`. Each connection has one thread, which the
 callbacks run on; what they call is thread-safe.
@@ -24,6 +26,7 @@ import re
 import site
 import sys
 import traceback
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from dedupstore.errors import DedupError, ImageNotFoundError, UsageError, shown 
 from dedupstore.location import default_store  # noqa: E402
 from dedupstore.reader import ImageReader  # noqa: E402
 from nbdplugin import stopping, threadstate  # noqa: E402
+from nbdplugin.admission import Admission, reserve_files  # noqa: E402
 from nbdplugin.session import Config, Session  # noqa: E402
 from nbdplugin.threadstate import pin, pinned  # noqa: E402
 
@@ -50,9 +54,13 @@ API_VERSION = 2
 
 _GRID_BYTES = 4096
 _REQUEST_BYTES_MAX = 32 << 20
+# A reply to a client that asks for the map of more than this is shorter than what it asked for.
+_EXTENTS_MAX = 1 << 14
+_NUMBER = re.compile("[1-9][0-9]{0,8}", re.ASCII)
 _SIZE = re.compile("[0-9]{1,15}[bBsSkKmMgGtTpPeE]?", re.ASCII)
 
 _config = Config(store=default_store(os.environ, os.getuid()).absolute())
+_admission: Admission
 _session: Session
 _metrics: Any = None
 _files: Any = None
@@ -91,8 +99,12 @@ def config(key: str, value: str) -> None:
         _config.metrics = _path(key, value)
     elif key == "files":
         _config.files = _path(key, value)
+    elif key == "connections":
+        if not _NUMBER.fullmatch(value):
+            raise UsageError(f"connections={_shown(value)}: not a number of clients")
+        _config.connections = int(value)
     else:
-        known = "store, image, cache, metrics, files"
+        known = "store, image, cache, metrics, files, connections"
         raise UsageError(f"{_shown(key)}=: unknown parameter (known: {known})")
 
 
@@ -115,7 +127,9 @@ def thread_model() -> int:
 
 
 def get_ready() -> None:
+    global _admission
     _config.validate()
+    _admission = Admission(reserve_files(_config.connections))
     # Imported only when asked for, which saves 50 ms; and now, while somebody sees a failure.
     if _config.metrics is not None:
         importlib.import_module("nbdplugin.metrics")
@@ -145,6 +159,10 @@ def cleanup() -> None:
 
 
 # --- exports ---
+
+
+def preconnect(readonly: bool) -> None:
+    _admission.admit()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -224,7 +242,6 @@ def cache(reader: ImageReader, count: int, offset: int, flags: int) -> None:
 
 def extents(reader: ImageReader, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
-    found = reader.manifest.extents(offset, count)
-    if flags & nbdkit.FLAG_REQ_ONE:
-        return [(start, length, hole if is_hole else 0) for start, length, is_hole in found][:1]
+    count_max = 1 if flags & nbdkit.FLAG_REQ_ONE else _EXTENTS_MAX
+    found = islice(reader.manifest.extents(offset, count), count_max)
     return [(start, length, hole if is_hole else 0) for start, length, is_hole in found]

@@ -63,6 +63,7 @@ class Config:
     cache_bytes: int = field(default_factory=default_cache_bytes)
     metrics: Path | None = None
     files: Path | None = None
+    connections: int | None = None
 
     def validate(self) -> None:
         """Open and close the store and look for the images, so that whoever starts the server sees

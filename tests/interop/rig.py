@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -260,6 +261,17 @@ def run(*command: str | Path) -> str:
     )
     assert result.returncode == 0, f"{command}: {result.stderr}"
     return result.stdout
+
+
+@contextmanager
+def in_foreground(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs until the block ends, and is then told to end."""
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_SECONDS)
 
 
 class Servers:

@@ -23,6 +23,7 @@ LAYERS = (
         "archives",
         "syscalls",
         "opening",
+        "listening",
     ),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),

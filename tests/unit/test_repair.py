@@ -250,6 +250,29 @@ def test_two_damaged_stores_mend_each_other(pristine: Path, store: Store, tmp_pa
     assert_whole(tmp_path / "twin", pristine)
 
 
+def test_source_that_lies_about_contents_under_guards_that_hold_mends_nothing(
+    pristine: Path, store: Store, tmp_path: Path
+) -> None:
+    liar = tmp_path / "liar"
+    Store.create(liar).close()
+    (liar / DATA_FILE).write_bytes((pristine / "second" / DATA_FILE).read_bytes())
+    with Store(liar) as forging, forging.env.write() as txn:
+        for key in [bytes(key) for key in txn.cursor(db=forging.env.frames).iternext(values=False)]:
+            record = bytearray(txn.get(key, db=forging.env.frames))
+            record[-1] ^= 1  # of the last chunk, which is stored raw or fails to unpack
+            fmt.seal_frame(record, fmt.decode_frame_key(key))
+            txn.put(key, bytes(record), db=forging.env.frames)
+    ruin(store)
+    path = closed(store)
+    assert not check_store(path, repair=True, sources=[liar]).intact
+    with Store(path) as again:
+        for name in IMAGES:
+            with pytest.raises(ChunkDamagedError):
+                read_image(again, name)
+    assert check_store(path, repair=True, sources=[pristine / "second"]).intact
+    assert_whole(path, pristine)
+
+
 @pytest.mark.parametrize("source", ["store", "file"])
 def test_lost_manifest_is_brought_back_from(pristine: Path, store: Store, source: str) -> None:
     with store.env.write() as txn:
