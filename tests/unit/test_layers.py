@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ("env", "slabs"),
     ("frames", "catalog", "leases"),
-    ("cache", "manifest", "sources", "building", "pooling", "origins", "quarantine"),
+    ("cache", "creation", "manifest", "sources", "building", "pooling", "origins", "quarantine"),
     ("reader", "staging", "trees"),
     ("ingest", "gc", "compaction"),
     ("imports",),
