@@ -25,6 +25,7 @@ LAYERS = (
         "opening",
     ),
     ("env", "slabs"),
+    ("values",),
     ("frames", "catalog", "leases"),
     ("cache", "creation", "manifest", "sources", "building", "pooling", "origins", "quarantine"),
     ("reader", "staging", "trees"),
