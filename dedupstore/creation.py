@@ -76,6 +76,8 @@ def _publish(work: Path, path: Path) -> None:
     except FileExistsError:
         raise StoreExistsError(f"{path}: already holds a store") from None
     try:
+        shutil.rmtree(work)
+        sync_directory(work.parent)
         sync_directory(path)
         sync_directory(path.parent)
     except BaseException:
