@@ -114,7 +114,8 @@ _COMPRESSED: dict[bytes, Opener] = {
 def find_opener(path: Path) -> Opener | None:
     """How to open the tar archive in a file, decompressed; None when there is none in it.
 
-    Raises SourceError for a compressed file that wants too much memory to tell.
+    Raises SourceError for a file that cannot be read, and for a compressed one that wants too much
+    memory to tell.
     """
     try:
         with open(path, "rb") as stream:
@@ -128,6 +129,8 @@ def find_opener(path: Path) -> Opener | None:
     except (OSError, *DAMAGE) as error:
         if "emory" in str(error):  # neither library has an error of its own for it
             raise SourceError(f"{path}: {error} (unpack it, and import the result)") from None
+        if isinstance(error, OSError) and error.errno is not None:  # not the decompressor's
+            raise SourceError(f"{path}: {error.strerror}") from None
         return None
     is_tar = head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + len(_TAR_MAGIC)] == _TAR_MAGIC
     return opener if is_tar else None

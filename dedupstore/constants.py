@@ -38,6 +38,8 @@ COMPRESSION_GAIN_MIN = 16
 # Address space reserved for the store's map. Sparse: it costs neither disk nor memory, and a store
 # that never has to grow its map never disturbs the processes that have it open.
 MAP_BYTES = 4 * TIB
+# More map for what makes room, rm and gc above all: LMDB cannot delete without pages to write to.
+MAP_RESERVE_BYTES = 64 << 30
 
 # Concurrent read transactions over all processes. One is held per chunk being loaded, not per
 # client.

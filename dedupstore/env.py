@@ -21,7 +21,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore.constants import LMDB_READERS_MAX, MAP_BYTES
+from dedupstore.constants import LMDB_READERS_MAX, MAP_BYTES, MAP_RESERVE_BYTES
 from dedupstore.errors import (
     DedupError,
     StoreAccessError,
@@ -63,8 +63,11 @@ _open_paths_lock = threading.Lock()
 
 def _translate(error: Exception, path: Path) -> DedupError:
     """The project's error for one of LMDB's or the operating system's."""
-    if isinstance(error, lmdb.MapFullError):
-        return StoreFullError(f"{path}: the store's map of {MAP_BYTES >> 40} TiB is full")
+    if isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
+        return StoreFullError(
+            f"{path}: has grown to its limit of {MAP_BYTES >> 40} TiB; nothing was changed (remove "
+            "images with 'dedupstore rm', then run 'dedupstore gc', or import into another store)"
+        )
     if isinstance(error, lmdb.VersionMismatchError):
         return StoreVersionError(f"{path}: written by another version of LMDB")
     if isinstance(error, lmdb.ReadersFullError):
@@ -72,7 +75,7 @@ def _translate(error: Exception, path: Path) -> DedupError:
     if isinstance(error, _DAMAGE):
         return StoreDamagedError(f"{path}: damaged ({error}); run 'dedupstore check'")
     code = error.errno if isinstance(error, OSError) else error.args[-1]
-    text = str(error)
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if any(code == c or os.strerror(c) in text for c in _FULL) or (
         os.strerror(errno.EIO) in text and _is_full(path)
     ):
@@ -117,10 +120,23 @@ class Environment:
     Not to be used across a fork, and opened at most once per process and path.
     """
 
-    def __init__(self, directory: Path, *, create: bool = False, read_only: bool = False) -> None:
-        """Open `directory`. Raises the StoreNotFound/Access/Damaged/VersionError that fits."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        create: bool = False,
+        read_only: bool = False,
+        grows: bool = False,
+    ) -> None:
+        """Open `directory`; with `grows`, for what must leave the map's reserve to others.
+
+        Raises the StoreNotFound/Access/Damaged/VersionError that fits.
+        """
+        # LMDB itself maps as much as the file already has.
+        self._map_bytes = MAP_BYTES if grows else MAP_BYTES + MAP_RESERVE_BYTES
         self.path = directory / DATA_FILE
         self._verified = False
+        self._file = -1
         self._key = self.path.resolve()
         if not create:
             _require_file(self.path)
@@ -142,7 +158,7 @@ class Environment:
             with turn:
                 self._lmdb = lmdb.open(
                     os.fspath(directory),
-                    map_size=MAP_BYTES,
+                    map_size=self._map_bytes,
                     max_dbs=len(DATABASES),
                     max_readers=LMDB_READERS_MAX,
                     mode=0o600,
@@ -158,6 +174,8 @@ class Environment:
                 if not read_only:
                     self._lmdb.reader_check()
                 handles = [self._lmdb.open_db(name.encode(), create=create) for name in DATABASES]
+                self.page_bytes = int(self._lmdb.stat()["psize"])
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except lmdb.NotFoundError:
                 self._lmdb.close()
                 raise StoreDamagedError(f"{self.path}: not a dedupstore store") from None
@@ -211,6 +229,11 @@ class Environment:
         seen = (row.split()[-1] for row in rows)  # heading, then pid, thread, transaction or "-"
         return min([txn.id() - 1, *(int(number) for number in seen if number.isdecimal())])
 
+    @property
+    def data_file(self) -> int:
+        """The data file, open for reading until `close`."""
+        return self._file
+
     def entries(self, txn: lmdb.Transaction, database: lmdb._Database) -> int:
         """Number of keys in a database."""
         return int(txn.stat(database)["entries"])
@@ -249,6 +272,9 @@ class Environment:
         """Close; no transaction may be running. Idempotent."""
         self._lmdb.close()
         self._forget()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _forget(self) -> None:
         with _open_paths_lock:

@@ -14,11 +14,13 @@ import lmdb
 import zstandard
 
 from dedupstore import format as fmt
-from dedupstore.constants import COMPRESSION_GAIN_MIN, FRAME_BYTES_MAX, ZSTD_LEVEL
+from dedupstore.constants import COMPRESSION_GAIN_MIN, FRAME_BYTES_MAX, FRAME_SLOTS_MAX, ZSTD_LEVEL
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError
+from dedupstore.values import read_beginning, read_value
 
 TOTALS_KEY = b"totals"
+_HEAD_BYTES_MAX = 16 + 36 * FRAME_SLOTS_MAX
 
 
 class Codecs:
@@ -64,21 +66,20 @@ class FrameLoader:
     def load(self, frame: int) -> tuple[bytes, tuple[int, ...]]:
         """Raw bytes and slot offsets of a frame.
 
-        Raises ChunkDamagedError when the frame is missing, fails its checksum or does not
-        decompress, and the translated error when LMDB fails.
+        Raises ChunkDamagedError when the frame is missing, cannot be read, fails its checksum or
+        does not decompress, and the translated error when LMDB fails.
         """
         env = self._env
         try:
-            # The record is checked and decompressed where LMDB mapped it, inside the snapshot.
             with env.raw.begin(buffers=True) as txn:
-                record = txn.get(fmt.frame_key(frame), db=env.frames)
-                if record is None:
-                    raise ChunkDamagedError(frame, "is missing from the store")
-                fmt.verify_frame(record, frame)
-                offsets = fmt.decode_frame_offsets(record, frame)
-                raw = self._codecs.decode(record, frame)
+                record = read_frame(txn, env, frame)
+            if record is None:
+                raise ChunkDamagedError(frame, "is missing from the store")
         except lmdb.Error as error:
             raise env.translate(error) from error
+        fmt.verify_frame(record, frame)
+        offsets = fmt.decode_frame_offsets(record, frame)
+        raw = self._codecs.decode(record, frame)
         self._count(len(offsets) - 1)
         return raw, offsets
 
@@ -87,6 +88,16 @@ class FrameLoader:
         # jumps only, and there is none between the load and the store of `+=`.
         self.frames_loaded += 1
         self.chunks_loaded += chunks
+
+
+def read_frame(txn: lmdb.Transaction, env: Environment, frame: int) -> memoryview | None:
+    """A frame's record; None if there is none. Raises ChunkDamagedError: the disk does not give
+    it."""
+    try:
+        record = read_value(txn, env, env.frames, fmt.frame_key(frame))
+    except OSError as error:
+        raise ChunkDamagedError(frame, f"cannot be read: {error.strerror}") from None
+    return None if record is None else memoryview(record)
 
 
 def read_totals(txn: lmdb.Transaction, env: Environment) -> fmt.Totals:
@@ -102,23 +113,35 @@ def write_totals(txn: lmdb.Transaction, env: Environment, totals: fmt.Totals) ->
     txn.put(TOTALS_KEY, fmt.encode_totals(totals), db=env.meta)
 
 
-def measure(record: fmt.Buffer, frame: int) -> fmt.Totals:
-    """What one frame adds to the totals, as its header says, which need not be sound."""
+def read_head(txn: lmdb.Transaction, env: Environment, frame: int) -> tuple[bytes, int] | None:
+    """A frame's record as far as its header goes, or beyond, and the record's length; None if there
+    is none. Raises ChunkDamagedError: the disk does not give it."""
+    try:
+        return read_beginning(txn, env, env.frames, fmt.frame_key(frame), _HEAD_BYTES_MAX)
+    except OSError as error:
+        raise ChunkDamagedError(frame, f"cannot be read: {error.strerror}") from None
+
+
+def measure(record: fmt.Buffer, frame: int, record_bytes: int | None = None) -> fmt.Totals:
+    """What one frame adds to the totals, as its header says, which need not be sound. `record` may
+    end behind the header; `record_bytes` is its whole length then."""
     try:
         header = fmt.decode_frame_header(record, frame)
     except StoreDamagedError:
         return fmt.Totals(frame + 1)
     present = sum(slot.state == fmt.SLOT_PRESENT for slot in header.slots)
-    return fmt.Totals(frame + 1, 1, present, header.raw_bytes, len(record))
+    return fmt.Totals(frame + 1, 1, present, header.raw_bytes, record_bytes or len(record))
 
 
 def count_totals(txn: lmdb.Transaction, env: Environment, frame_next: int) -> fmt.Totals:
     """The totals as one snapshot's frames give them. A damaged frame counts as it is kept; the next
     frame number is `frame_next` or beyond the last frame."""
     counted = fmt.Totals(frame_next)
-    for key, record in txn.cursor(db=env.frames):
+    for key in txn.cursor(db=env.frames).iternext(values=False):
         if len(key) == fmt.FRAME_KEY_BYTES:
-            one = measure(record, fmt.decode_frame_key(key))
+            frame = fmt.decode_frame_key(key)
+            head, record_bytes = read_head(txn, env, frame) or (b"", 0)
+            one = measure(head, frame, record_bytes)
             counted = fmt.Totals(
                 max(counted.frame_next, one.frame_next),
                 counted.frames + one.frames,
@@ -191,10 +214,9 @@ class FrameWriter:
         """Put an unsealed record in the place of a frame that may be damaged, None: remove it;
         return the bytes that it took. The index is the caller's business."""
         key = fmt.frame_key(frame)
-        old = self._txn.get(key, db=self._env.frames)
-        before = fmt.Totals() if old is None else measure(old, frame)
+        old = read_head(self._txn, self._env, frame)
+        before = fmt.Totals() if old is None else measure(old[0], frame, old[1])
         after = fmt.Totals() if record is None else measure(memoryview(record), frame)
-        # `old` lies in the map and is not valid after the change below.
         if record is not None:
             fmt.seal_frame(record, frame)
             self._txn.put(key, record, db=self._env.frames)

@@ -25,6 +25,7 @@ from dedupstore import catalog, origins, quarantine
 from dedupstore import format as fmt
 from dedupstore.constants import FRAME_BYTES_MAX, GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
+from dedupstore.errors import StoreAccessError
 from dedupstore.frames import Codecs, FrameWriter
 from dedupstore.leases import Reclaim, image_byte, session_byte
 
@@ -250,7 +251,8 @@ class Collector:
         self._drafts += len(unneeded.drafts)
 
     def _sweep_files(self) -> None:
-        """Remove the working directories of imports that no longer run."""
+        """Remove the working directories of imports that no longer run. Raises
+        StoreAccessError."""
         for path in working_directories(self._store):
             with Reclaim(self._store) as reclaim:
                 if reclaim.claim(session_byte(bytes.fromhex(path.name))):
@@ -261,8 +263,13 @@ _REWRITE_FRAMES = GC_REWRITE_BYTES // FRAME_BYTES_MAX
 
 
 def working_directories(store: Path) -> Iterator[Path]:
-    """The working directories of imports, named by their session's id in hexadecimal."""
-    for path in sorted((store / "tmp").glob("*")):
+    """The working directories of imports, named by their session's id in hexadecimal. Raises
+    StoreAccessError."""
+    try:
+        found = sorted((store / "tmp").glob("*"))
+    except OSError as error:
+        raise StoreAccessError(f"{store / 'tmp'}: {error.strerror}") from None
+    for path in found:
         if len(path.name) == 32 and all(c in "0123456789abcdef" for c in path.name):
             yield path
 

@@ -119,8 +119,8 @@ def spool(stream: BinaryIO, directory: Path, name: str, bytes_max: int | None = 
 
     Raises SourceError, also for more than `bytes_max`, and StoreFullError.
     """
-    with tempfile.TemporaryFile(dir=directory) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
             while piece := stream.read(_PIECE_BYTES):
                 file.write(piece)
                 if bytes_max is not None and file.tell() > bytes_max:
@@ -129,10 +129,10 @@ def spool(stream: BinaryIO, directory: Path, name: str, bytes_max: int | None = 
                         "(if it is one, unpack it, and import the result)"
                     )
             file.flush()
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFullError(f"{directory}: no space left to spool {name}") from None
-            raise SourceError(f"{name}: {error.strerror or error}") from None
-        except DAMAGE as error:
-            raise SourceError(f"{name}: damaged archive: {error}") from None
-        return FileSource(os.dup(file.fileno()), name)
+            return FileSource(os.dup(file.fileno()), name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFullError(f"{directory}: no space left to spool {name}") from None
+        raise SourceError(f"{error.filename or name}: {error.strerror or error}") from None
+    except DAMAGE as error:
+        raise SourceError(f"{name}: damaged archive: {error}") from None

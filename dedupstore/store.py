@@ -7,9 +7,7 @@ results and print nothing. Every failure that a user or a disk can cause is a De
 
 from __future__ import annotations
 
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,16 +19,14 @@ import lmdb
 
 from dedupstore import catalog, origins
 from dedupstore import format as fmt
-from dedupstore.durability import sync_directory
-from dedupstore.env import DATA_FILE, Environment
+from dedupstore.creation import TEMPORARY_DIRECTORY, create_store
+from dedupstore.env import Environment
 from dedupstore.errors import (
     ImageNotFoundError,
-    StoreAccessError,
     StoreDamagedError,
-    StoreExistsError,
 )
-from dedupstore.frames import FrameLoader, read_totals, write_totals
-from dedupstore.leases import Leases, create_lock_file, image_byte
+from dedupstore.frames import FrameLoader, read_totals
+from dedupstore.leases import Leases, image_byte
 from dedupstore.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
     from dedupstore.imported import Imported
     from dedupstore.imports import Importer
 
-TEMPORARY_DIRECTORY = "tmp"
 STANDARD_INPUT = "-"
 
 
@@ -94,10 +89,14 @@ class Difference:
 class Store:
     """An open store."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the store at `path`. Raises StoreNotFound/Access/Version/DamagedError."""
+    def __init__(self, path: Path, *, grows: bool = False) -> None:
+        """Open the store at `path`; `grows` for what adds to it, for which a full store has no
+        room when there is still some to remove things.
+
+        Raises StoreNotFound/Access/Version/DamagedError.
+        """
         self.path = path
-        self.env = Environment(path)
+        self.env = Environment(path, grows=grows)
         try:
             with self.env.read() as txn:
                 record = txn.get(fmt.SUPERBLOCK_KEY, db=self.env.meta)
@@ -113,48 +112,9 @@ class Store:
 
     @classmethod
     def create(cls, path: Path) -> Store:
-        """Create a store in `path`, which must be absent or an empty directory, and open it.
-
-        Raises StoreExistsError, StoreAccessError, StoreFullError.
-        """
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            _require_empty(path)
-        except FileExistsError:
-            raise StoreExistsError(f"{path}: is a file") from None
-        except OSError as error:
-            raise StoreAccessError(f"{path}: {error.strerror}") from None
-        try:
-            cls._fill(path)
-        except BaseException:
-            for left in path.iterdir():  # all of it is ours: the directory was empty
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            raise
+        """Create a store, and open it. See creation.create_store."""
+        create_store(path)
         return cls(path)
-
-    @staticmethod
-    def _fill(path: Path) -> None:
-        """Write a store's files into an empty directory."""
-        try:
-            path.chmod(0o700)
-            (path / TEMPORARY_DIRECTORY).mkdir(mode=0o700)
-            create_lock_file(path)
-        except OSError as error:
-            raise StoreAccessError(f"{path}: {error.strerror}") from None
-        env = Environment(path, create=True)
-        try:
-            with env.write() as txn:
-                superblock = fmt.Superblock(uuid.uuid4().bytes, time.time_ns())
-                txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
-                write_totals(txn, env, fmt.Totals())
-        finally:
-            env.close()
-        try:
-            # What is committed is on disk; that its file has a name need not be.
-            sync_directory(path)
-            sync_directory(path.parent)
-        except OSError as error:
-            raise StoreAccessError(f"{path}: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the store; readers and imports must have ended. Idempotent."""
@@ -424,10 +384,3 @@ def _info(name: str, image: fmt.ImageRecord, manifest: fmt.ManifestRecord) -> Im
         manifest.unique_bytes,
         manifest.zero_bytes,
     )
-
-
-def _require_empty(path: Path) -> None:
-    if (path / DATA_FILE).exists():
-        raise StoreExistsError(f"{path}: already holds a store")
-    if any(path.iterdir()):
-        raise StoreExistsError(f"{path}: not empty")

@@ -17,7 +17,8 @@ from dedupstore import format as fmt
 from dedupstore.check.findings import Progress
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError
-from dedupstore.frames import Codecs
+from dedupstore.frames import Codecs, read_frame
+from dedupstore.values import read_beginning
 
 _SLOT_BYTES = 36
 _FRAMES_AHEAD = 64
@@ -78,9 +79,12 @@ class FrameScrub:
 
     def _verify(self, frame: int) -> _Sound | str | None:
         """What a sound frame holds, else why it is not sound; None: vanished."""
-        with self._env.read() as txn:
-            record = txn.get(fmt.frame_key(frame), db=self._env.frames)
-            return None if record is None else verify_contents(record, frame, self._codecs)
+        try:
+            with self._env.read() as txn:
+                record = read_frame(txn, self._env, frame)
+        except ChunkDamagedError as error:
+            return error.reason
+        return None if record is None else verify_contents(record, frame, self._codecs)
 
     def slots(self, frame: int) -> Iterator[tuple[bytes, int, int]]:
         """(digest, length, state) of a sound frame's slots."""
@@ -94,9 +98,11 @@ class FrameScrub:
 
     def is_unchanged(self, txn: lmdb.Transaction, frame: int) -> bool:
         """Whether a frame is as it was when it was verified, no gc having changed it since."""
-        record = txn.get(fmt.frame_key(frame), db=self._env.frames)
         table = self.tables[frame]
-        return record is not None and bytes(record[16 : 16 + len(table)]) == table
+        found = read_beginning(
+            txn, self._env, self._env.frames, fmt.frame_key(frame), 16 + len(table)
+        )
+        return found is not None and found[0][16:] == table
 
     def absent(self) -> Iterator[tuple[int, fmt.LostChunk]]:
         """(reference, chunk) of what sound frames say is not here."""

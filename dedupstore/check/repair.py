@@ -29,6 +29,7 @@ from dedupstore.errors import DedupError, SourceError, StoreDamagedError
 from dedupstore.frames import Codecs, FrameBuilder, FrameWriter, encode_new, find_chunk
 from dedupstore.ingest import Ingest
 from dedupstore.leases import Leases, Reclaim, image_byte
+from dedupstore.values import salvage_value
 
 _FRAMES_AT_ONCE = 64
 
@@ -41,8 +42,7 @@ def quarantine_damage(env: Environment, scrub: Scrub) -> None:
         known = quarantine.read_lost(txn, env)
         lost = dict(scrub.frames.absent())
         for frame, indexed in _by_frame(scrub.wounds.known).items():
-            record = txn.get(fmt.frame_key(frame), db=env.frames)
-            held = describe(None if record is None else bytes(record), frame, indexed)
+            held = describe(_record(txn, env, frame), frame, indexed)
             lost.update((fmt.make_ref(frame, slot), chunk) for slot, chunk in held.known.items())
     lost = {ref: chunk for ref, chunk in lost.items() if known.get(ref) != chunk}
     if not lost:
@@ -62,8 +62,13 @@ def quarantine_damage(env: Environment, scrub: Scrub) -> None:
 
 
 def _is_sound(txn: lmdb.Transaction, env: Environment, frame: int, codecs: Codecs) -> bool:
-    record = txn.get(fmt.frame_key(frame), db=env.frames)
+    record = _record(txn, env, frame)
     return record is not None and not isinstance(verify_contents(record, frame, codecs), str)
+
+
+def _record(txn: lmdb.Transaction, env: Environment, frame: int) -> bytes | None:
+    """A frame's record, zeros in it where the disk does not give it."""
+    return salvage_value(txn, env, env.frames, fmt.frame_key(frame))
 
 
 def _by_frame(known: dict[int, bytes]) -> dict[int, dict[int, bytes]]:
@@ -131,8 +136,8 @@ class Repair:
         found: dict[bytes, bytes] = {}
         for frame in frames:
             # Under the write lock now: a gc may have removed it since it was found damaged.
-            record = bytes(txn.get(fmt.frame_key(frame), db=env.frames) or b"")
-            if not record or not isinstance(verify_contents(record, frame, self._codecs), str):
+            record = _record(txn, env, frame)
+            if record is None or not isinstance(verify_contents(record, frame, self._codecs), str):
                 continue
             held = salvage(record, frame, indexed.get(frame, {}))
             found.update((held.known[slot].digest, data) for slot, data in held.found.items())

@@ -18,6 +18,7 @@ from dedupstore.check.frames import FrameScrub
 from dedupstore.env import Environment
 from dedupstore.errors import StoreDamagedError
 from dedupstore.frames import count_totals, read_totals
+from dedupstore.values import has_value
 
 
 @dataclass(slots=True)
@@ -156,7 +157,7 @@ class Scrub:
                     chunk = f"{frame}.{ref & fmt.REF_SLOT_MASK}"
                     self.wounds.index = True
                     self._find("index", "leads to a chunk that is not there", chunk=chunk)
-            elif txn.get(fmt.frame_key(frame), db=self.env.frames) is None:
+            elif not has_value(txn, self.env.frames, fmt.frame_key(frame)):
                 self.wounds.known[ref] = digest
                 self.wounds.index = True
                 self._find("index", "leads to a frame that is not there", chunk=str(frame))
@@ -261,7 +262,7 @@ class Scrub:
         """Damaged frames that no image reads yet: the next import would rely on their chunks."""
         reported = {finding.chunk.partition(".")[0] for finding in self.findings if finding.chunk}
         for frame, reason in self.frames.damaged.items():
-            there = txn.get(fmt.frame_key(frame), db=self.env.frames) is not None
+            there = has_value(txn, self.env.frames, fmt.frame_key(frame))
             if there and str(frame) not in reported:
                 self._find("frames", reason, chunk=str(frame))
 

@@ -16,9 +16,9 @@ class Context:
 
     path: Path
 
-    def open(self) -> Store:
-        """Open the store; use it as a context manager."""
-        return Store(self.path)
+    def open(self, *, grows: bool = False) -> Store:
+        """Open the store, `grows` to add to it; use it as a context manager."""
+        return Store(self.path, grows=grows)
 
 
 pass_context = click.make_pass_decorator(Context)

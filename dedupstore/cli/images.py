@@ -14,14 +14,15 @@ from dedupstore.cli.output import (
     print_pairs,
     print_table,
 )
-from dedupstore.store import ImageInfo, Store
+from dedupstore.creation import create_store
+from dedupstore.store import ImageInfo
 
 
 @click.command()
 @pass_context
 def init(context: Context) -> None:
     """Create a store. Refuses to touch one that is there."""
-    Store.create(context.path).close()
+    create_store(context.path)
     click.echo(f"created {context.path}")
 
 
@@ -31,7 +32,7 @@ def init(context: Context) -> None:
 @pass_context
 def clone(context: Context, source: str, target: str) -> None:
     """Make TARGET a clone of image SOURCE: instant, shares everything."""
-    with context.open() as store:
+    with context.open(grows=True) as store:
         store.clone(source, target)
 
 

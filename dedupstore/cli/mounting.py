@@ -24,7 +24,7 @@ def _host() -> Host:
 
 def _target(context: Context, name: str, share: str = sharing.NONE) -> Target:
     modes = sharing.candidates(share)
-    with context.open() as store, progress(f"share {name}") as on_progress:
+    with context.open(grows=True) as store, progress(f"share {name}") as on_progress:
         return find_target(store, name, modes, on_progress)
 
 

@@ -31,7 +31,7 @@ def import_(context: Context, source: str, name: str | None, reread: bool, as_js
     """
     if source == STANDARD_INPUT and name is None:
         raise UsageError("import from standard input: give the image a name")
-    with context.open() as store, progress(f"import {source}") as on_progress:
+    with context.open(grows=True) as store, progress(f"import {source}") as on_progress:
         if source == STANDARD_INPUT:
             assert name is not None
             imported = store.import_stream(sys.stdin.buffer, name, on_progress)

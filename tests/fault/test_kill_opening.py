@@ -11,7 +11,7 @@ import pytest
 
 from tests.fault.interrupted import transactions
 from tests.interop.rig import StoreDirectory, wait_until
-from tools.crashes import instants, program
+from tools.crashes import instants, program, tracing
 
 
 def _start(
@@ -47,7 +47,7 @@ def test_opener_killed_at_any_call_does_not_set_the_next_one_back(
         before = transactions(store_dir.path)
         others: list[tuple[int, program.Printed]] = []
 
-        first, printed = _start(store_dir.path, "info", "base", prepare=instants.ask_for_tracing)
+        first, printed = _start(store_dir.path, "info", "base", prepare=tracing.ask_for_tracing)
         at = instants.AtCall(number, returned)
         killed = (
             instants.await_end(

@@ -57,6 +57,14 @@ def test_store_is_created_in_an_empty_folder_and_below_missing_ones(tmp_path: Pa
     Store.create(tmp_path / "not/yet/there").close()
 
 
+def test_store_is_created_where_a_creation_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "tmp" / "0123456789abcdef0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "locks").touch()
+    Store.create(tmp_path).close()
+    with Store(tmp_path) as store:
+        assert store.names() == []
+
+
 def test_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter").touch()
     with pytest.raises(StoreExistsError, match="not empty"):

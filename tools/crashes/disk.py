@@ -1,5 +1,6 @@
-"""A real file system whose disk is recorded: ext4 on a loop device on a file that nbdfuse makes of
-`recording`. And the mounting of what such a disk may hold after a loss of power. Needs root."""
+"""A real file system whose disk is an nbdkit plugin, which may record, or fail: ext4 on a loop
+device on a file that nbdfuse makes. And the mounting of what such a disk holds later. Needs
+root."""
 
 from __future__ import annotations
 
@@ -47,24 +48,33 @@ class RecordedDisk:
 @contextmanager
 def recorded(work: Path) -> Iterator[RecordedDisk]:
     """Make a file system in `work`, mounted while the block runs."""
-    log, point, root = work / "log", work / "fuse", work / "root"
-    for path in (log, point, root):
-        path.mkdir()
-    socket = work / "nbd"
+    log, root = work / "log", work / "root"
+    log.mkdir()
+    root.mkdir()
+    with served(work, "python", str(_PLUGIN), f"size={DISK_BYTES}", f"log={log}") as disk:
+        make_file_system(disk)
+        with mounted(disk, root):
+            yield RecordedDisk(root, log)
+
+
+@contextmanager
+def served(work: Path, *plugin: str) -> Iterator[Path]:
+    """A file in `work` that is an nbdkit plugin's disk while the block runs. Raises DiskError."""
+    point, socket = work / "fuse", work / "nbd"
+    point.mkdir()
     with ExitStack() as stack:
-        server = stack.enter_context(
-            _process(
-                "nbdkit", "-f", "-U", socket, "python", _PLUGIN, f"size={DISK_BYTES}", f"log={log}"
-            )
-        )
+        server = stack.enter_context(_process("nbdkit", "-f", "-U", socket, *plugin))
         _await(socket.exists, server)
         fuse = _process("nbdfuse", point / "disk", f"nbd+unix:///?socket={socket}")
         fuse_process = stack.enter_context(fuse)
         stack.callback(_unmount_fuse, point)
         _await((point / "disk").exists, fuse_process)
-        run(*_MKFS, point / "disk")
-        with mounted(point / "disk", root):
-            yield RecordedDisk(root, log)
+        yield point / "disk"
+
+
+def make_file_system(disk: Path) -> None:
+    """Make an empty file system on a disk. Raises DiskError."""
+    run(*_MKFS, disk)
 
 
 @contextmanager

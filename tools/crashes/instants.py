@@ -3,19 +3,19 @@
 A time is as blind as a real crash, but most of a command's time is compression, and the windows
 between two commits, or between a commit's pages and its meta page, are a thousandth of it. So half
 of the kills count the system calls that change files or locks, over all threads, with ptrace(2),
-and strike as the n-th begins (it is then not executed) or has returned. Linux on x86-64; a kernel
-of 5.3 or later.
+and strike as the n-th begins (it is then not executed) or has returned.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from tools.crashes import tracing
 
 # Of x86-64: what changes files, and fcntl for its locks.
 _WRITES = frozenset(
@@ -30,14 +30,6 @@ _WRITES = frozenset(
         91, 268,  # fchmod, fchmodat
     }
 )  # fmt: skip
-_WALL = 0x40000000
-_TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E
-_OPTIONS = 1 | 8 | 0x100000  # TRACESYSGOOD, TRACECLONE, EXITKILL
-_ENTRY = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-_libc.ptrace.restype = ctypes.c_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +70,8 @@ class Ended:
 
 
 def is_traced(instant: Instant) -> bool:
-    """Whether the process has to call `ask_for_tracing` before anything else."""
+    """Whether the process has to call `tracing.ask_for_tracing` before anything else."""
     return isinstance(instant, AtCall) or (isinstance(instant, Never) and instant.count)
-
-
-def ask_for_tracing() -> None:
-    """Called in the process that will be traced."""
-    if _libc.ptrace(_TRACEME, 0, None, None):
-        raise OSError(ctypes.get_errno(), "ptrace")
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def await_end(
@@ -116,48 +101,28 @@ def _ends_within(child: int, seconds: float) -> bool:
 
 
 def _trace(child: int, at: AtCall, before_kill: Callable[[], None]) -> tuple[int, int]:
-    """Follow a process, a leader of a process group, and its threads call by call. Returns (wait
-    status, counted calls)."""
-    os.waitpid(child, _WALL)
-    _ptrace(_SETOPTIONS, child, _OPTIONS)
-    _ptrace(_SYSCALL, child, 0)
-    info = ctypes.create_string_buffer(88)
+    """Follow a process and its threads call by call. Returns (wait status, counted calls)."""
     calls, due = 0, 0
-    ended = -1
 
     def strike() -> None:
         time.sleep(at.linger)
         before_kill()
         os.kill(child, signal.SIGKILL)
 
-    while True:
-        try:
-            thread, status = os.waitpid(-child, _WALL)  # of its process group
-        except ChildProcessError:
-            return ended, calls
-        if not os.WIFSTOPPED(status):
-            if thread == child:
-                ended = status
-            continue
-        deliver = os.WSTOPSIG(status)
-        if deliver == signal.SIGTRAP | 0x80:
-            deliver = 0
-            _libc.ptrace(_GET_SYSCALL_INFO, thread, len(info), ctypes.addressof(info))
-            if info[0] == bytes([_ENTRY]):
-                if int.from_bytes(info[24:32], "little") in _WRITES:
-                    calls += 1
-                    if calls == at.number:
-                        due = thread
-                        if not at.returned:
-                            strike()
-            elif thread == due:
-                due = 0
-                strike()
-        elif status >> 16 or deliver == signal.SIGSTOP:  # a new thread
-            deliver = 0
-        _ptrace(_SYSCALL, thread, deliver)
+    def began(call: tracing.Call) -> None:
+        nonlocal calls, due
+        if call.number in _WRITES:
+            calls += 1
+            if calls == at.number:
+                due = call.thread
+                if not at.returned:
+                    strike()
 
+    def ended(thread: int) -> None:
+        nonlocal due
+        if thread == due:
+            due = 0
+            strike()
 
-def _ptrace(request: int, thread: int, data: int) -> None:
-    """A thread that is just being killed is no error (ESRCH)."""
-    _libc.ptrace(request, thread, None, data)
+    status = tracing.follow(child, began, ended)
+    return status, calls

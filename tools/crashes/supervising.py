@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.crashes import instants, program, serving
+from tools.crashes import instants, program, serving, tracing
 from tools.crashes.instants import After, Ended
 from tools.crashes.plans import Planned
 
@@ -87,7 +87,7 @@ def _supervise(planned: Planned, store: Path, served: Mapping[str, str], seed: s
         _await_group(process.pid)
     else:
         traced = instants.is_traced(instant)
-        prepare = instants.ask_for_tracing if traced else lambda: None
+        prepare = tracing.ask_for_tracing if traced else lambda: None
         ended = instants.await_end(program.fork(invocation, printed, prepare), instant)
     return Result(ended, *printed.read())
 

@@ -14,12 +14,12 @@ from tools.crashes.model import Model
 _ENTRIES_LOST = 5
 
 
-def wound(store: Path, seed: str) -> None:
-    """Damage a store."""
-    program.in_fork(lambda: _wound(store, random.Random(seed)))
+def wound(store: Path, seed: str, *, frame_share: float = 0.5) -> None:
+    """Damage a store; in this share of the cases a frame, too."""
+    program.in_fork(lambda: _wound(store, random.Random(seed), frame_share))
 
 
-def _wound(path: Path, source: random.Random) -> str:
+def _wound(path: Path, source: random.Random, frame_share: float) -> str:
     with Store(path) as store, store.env.write() as txn:
         env = store.env
         entries = [bytes(key) for key in txn.cursor(db=env.chunks).iternext(values=False)]
@@ -27,7 +27,7 @@ def _wound(path: Path, source: random.Random) -> str:
             txn.delete(key, db=env.chunks)
         txn.delete(TOTALS_KEY, db=env.meta)
         frames = [bytes(key) for key in txn.cursor(db=env.frames).iternext(values=False)]
-        if frames and source.random() < 0.5:
+        if frames and source.random() < frame_share:
             key = source.choice(frames)
             record = bytearray(txn.get(key, db=env.frames))
             record[source.randrange(len(record))] ^= 1 << source.randrange(8)
