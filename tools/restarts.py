@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Kills and restarts a server again and again under clients that read and verify every byte.
 
-    .venv/bin/python tools/restarts.py [--rounds N] [--seed N] [--json]
+    tools/restarts [--rounds N] [--seed N] [--json FILE]
 
 A round waits until every client has read on, ends the server at a random instant (by kill -9 and,
 every second time, by SIGTERM, as for an upgrade) and starts `dedupstore serve` again on the same
@@ -234,15 +233,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     found = run(options.rounds, options.seed)
+    print(f"killed {found['killed']}, stopped {found['stopped']} times")
+    for name, figures in found["clients"].items():
+        print(f"{name}: {figures}")
     if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(f"killed {found['killed']}, stopped {found['stopped']} times")
-        for name, figures in found["clients"].items():
-            print(f"{name}: {figures}")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
     bad = sum(each["errors"] + each["wrong"] for each in found["clients"].values())
     return 1 if bad else 0
 
