@@ -9,6 +9,7 @@ import random
 import re
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -741,10 +742,17 @@ def test_header_gives_no_false_alarm_while_a_writer_commits(store: Path, writer:
         thread.join()
 
 
-def test_file_being_created_is_waited_for(tmp_path: Path, store: Path) -> None:
+def test_file_being_created_is_waited_for(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "new.mdb"
     path.write_bytes(b"")
-    timer = threading.Timer(0.005, path.write_bytes, [store.read_bytes()])
-    timer.start()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        path.write_bytes(store.read_bytes())
+
+    monkeypatch.setattr(time, "sleep", wait)
     verify_header(path)
-    timer.join()
+    assert len(waits) == 1

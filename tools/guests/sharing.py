@@ -22,7 +22,7 @@ from tools.guests.guest import Guest
 PROJECT = (
     *("dedupstore/__init__.py", "dedupstore/constants.py", "dedupstore/errors.py"),
     *("dedupstore/location.py", "dedupstore/programs.py", "dedupstore/server.py"),
-    "dedupstore/syscalls.py",
+    *("dedupstore/listening.py", "dedupstore/syscalls.py"),
     *("dedupstore/mounts", "tools/guests/mounting.py"),
 )
 # Where the guest believes the store to be; its server's socket is the one `serve` has by default.
