@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dedupstore.mounts import handshake
 from tests.interop.corpus import BLOCK, RAGGED_DATA, RAGGED_SIZE, Images
-from tests.interop.rig import Servers, StoreDirectory, run
+from tests.interop.rig import PATIENCE_SECONDS, Servers, StoreDirectory, run
 from tests.programs import require_program
 
 READ_AT = """\
@@ -225,3 +227,23 @@ def test_extents_of_an_image_without_holes_are_one_piece_of_data(
     store_dir.import_file(tmp_path / "full", "full")
     found = json.loads(run("nbdinfo", "--map", "--json", server().uri("full")))
     assert [(extent["length"], extent["type"]) for extent in found] == [(5 << 20, 0)]
+
+
+# --- connections for the kernel ---
+
+
+def test_connection_is_handed_over_where_the_first_request_goes(
+    server: Servers, images: Images
+) -> None:
+    running = server()
+    found = handshake.open_export(running.socket, "base", PATIENCE_SECONDS)
+    request = struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 4096, 512)  # read 512 bytes at 4096
+    with found.socket as connection, connection.makefile("rb") as stream:
+        connection.sendall(request)
+        assert stream.read(16) == struct.pack(">IIQ", 0x67446698, 0, 7)
+        assert stream.read(512) == images.base.read_bytes()[4096:4608]
+    assert found.size == images.base.stat().st_size
+    assert found.flags & 0x103 == 0x103  # has flags, is read-only, allows several connections
+    with pytest.raises(OSError, match="export 'none' is not served"):
+        handshake.open_export(running.socket, "none", PATIENCE_SECONDS)
+    running.expect_log("no image named 'none'")
