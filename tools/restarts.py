@@ -42,7 +42,7 @@ READ_BYTES_MAX = 256 << 10
 READS_A_ROUND = 40
 PATIENCE_SECONDS = 60.0
 DELAY_SECONDS_MAX = 0.3
-WHOLE_DELAYS = ("retries=60", "retry-delay=1", "retry-exponential=no")
+RETRY_PARAMETERS = ("retries=60", "retry-delay=1", "retry-exponential=no")
 
 
 @dataclass
@@ -189,7 +189,7 @@ def run(rounds: int, seed: int) -> dict[str, Any]:
             proxy(
                 [
                     *("nbdkit", "--foreground", "--unix", retry, "--filter=retry"),
-                    *("nbd", f"socket={server.socket}", "export=base", *WHOLE_DELAYS),
+                    *("nbd", f"socket={server.socket}", "export=base", *RETRY_PARAMETERS),
                 ],
                 retry,
             )
