@@ -9,15 +9,15 @@ import random
 import re
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmdb
 import pytest
 
 from dedupstore.errors import StoreAccessError, StoreDamagedError
-from dedupstore.pages import FREE_LIST, MAIN, META, verify_header, verify_pages, walk
+from dedupstore.pages import FREE_LIST, MAIN, META, datafile, verify_header, verify_pages, walk
 
 PAGE = 4096
 NO_PAGE = 2**64 - 1
@@ -753,6 +753,7 @@ def test_file_being_created_is_waited_for(
         waits.append(seconds)
         path.write_bytes(store.read_bytes())
 
-    monkeypatch.setattr(time, "sleep", wait)
+    # In this module alone: threads of other tests may be asleep.
+    monkeypatch.setattr(datafile, "time", SimpleNamespace(sleep=wait))
     verify_header(path)
     assert len(waits) == 1
