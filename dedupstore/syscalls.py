@@ -36,7 +36,7 @@ def mount(source: Path, target: Path, fstype: str | None, flags: int, options: s
         ctypes.c_ulong(flags),
         options.encode() or None,
     )
-    check(result, target)
+    _check(result, target)
 
 
 def unmount(target: Path) -> None:
@@ -44,17 +44,17 @@ def unmount(target: Path) -> None:
 
     The last component is not followed if it is a symbolic link.
     """
-    check(_libc.umount2(os.fsencode(target), _UMOUNT_NOFOLLOW), target)
+    _check(_libc.umount2(os.fsencode(target), _UMOUNT_NOFOLLOW), target)
 
 
 def abort_mount(target: Path) -> None:
     """Take a mount out of the file tree at once, whoever uses it. A FUSE server's threads, which
     the kernel has waiting for requests, get ENODEV; what its files are used for gets errors."""
     flags = _MNT_FORCE | _MNT_DETACH | _UMOUNT_NOFOLLOW
-    check(_libc.umount2(os.fsencode(target), flags), target)
+    _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
-def check(result: int, path: Path) -> None:
+def _check(result: int, path: Path) -> None:
     """Raise the OSError of a libc call that returned `result`, if it failed."""
     if result != 0:
         number = ctypes.get_errno()

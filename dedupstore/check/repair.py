@@ -19,6 +19,7 @@ import lmdb
 from dedupstore import catalog, origins, quarantine
 from dedupstore import format as fmt
 from dedupstore.check.frames import verify_contents
+from dedupstore.check.outline import chunks_of
 from dedupstore.check.records import mend_records
 from dedupstore.check.salvage import describe, salvage
 from dedupstore.check.scrub import Scrub
@@ -287,18 +288,10 @@ def _is_readable(txn: lmdb.Transaction, env: Environment, digest: bytes) -> bool
     hasher = fmt.ImageDigest()
     try:
         manifest = catalog.read_manifest(txn, env, digest)
-        for length, ref, count in zip(
-            manifest.lengths, manifest.refs, manifest.counts, strict=True
-        ):
-            if ref == fmt.REF_HOLE:
-                hasher.add(length, fmt.ZERO_DIGEST)
-                continue
-            frame, first = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
-            record = txn.get(fmt.frame_key(frame), db=env.frames) or b""
-            for slot in fmt.decode_frame_header(record, frame).slots[first : first + count]:
-                if slot.state != fmt.SLOT_PRESENT:
-                    return False
-                hasher.add(slot.length, slot.digest)
+        for length, chunk, is_present in chunks_of(txn, env, manifest):
+            if not is_present:
+                return False
+            hasher.add(length, chunk)
     except DedupError:
         return False
     return hasher.finish() == digest

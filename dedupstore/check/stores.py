@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dedupstore import format as fmt
+from dedupstore.check.outline import chunks_of
 from dedupstore.check.salvage import salvage
 from dedupstore.check.sources import Found, Place
 from dedupstore.chunker import Segment
@@ -94,22 +95,10 @@ class StoreOrigin:
                 return None
             try:
                 manifest = fmt.decode_manifest(record, digest)
+                for length, chunk, _ in chunks_of(txn, self._env, manifest):
+                    outline.add(length, chunk)
             except DedupError:
                 return None
-            for length, ref, count in zip(
-                manifest.lengths, manifest.refs, manifest.counts, strict=True
-            ):
-                if ref == fmt.REF_HOLE:
-                    outline.add(length, fmt.ZERO_DIGEST)
-                    continue
-                frame, first = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
-                stored = txn.get(fmt.frame_key(frame), db=self._env.frames)
-                try:
-                    header = fmt.decode_frame_header(stored or b"", frame)
-                except StoreDamagedError:
-                    return None
-                for slot in header.slots[first : first + count]:
-                    outline.add(slot.length, slot.digest)
         return outline if outline.is_right() else None
 
     def record(self, name: bytes) -> fmt.ImageRecord | None:
