@@ -170,3 +170,24 @@ class ProgramError(DedupError):
 
 class MountError(DedupError):
     """A device, a server or a mount could not be set up, found or taken down."""
+
+
+class RemoteError(DedupError):
+    """A remote cannot be reached, or refuses. Says which URL, the cause and what to do."""
+
+
+class RemoteNotFoundError(RemoteError):
+    """The remote, or an object or image in it, is not there; every mirror that answered says so."""
+
+    errno = errno.ENOENT
+
+
+class RemoteConflictError(RemoteError):
+    """An object that was to be written only if absent, or unchanged, has been written by another
+    meanwhile."""
+
+    errno = errno.EEXIST
+
+
+class RemoteDamagedError(RemoteError):
+    """What a remote gave is not what was written: it fails its digest, or is malformed."""
