@@ -44,7 +44,11 @@ FEATURE_COMPAT_ORIGINS = 2
 # Set with the first lost record. Compatible: a release without them leaves the records alone, and
 # imports store a lost chunk anew whether they know of the record or not.
 FEATURE_COMPAT_LOST = 4
-FEATURES_COMPAT_KNOWN = FEATURE_COMPAT_VIEWS | FEATURE_COMPAT_ORIGINS | FEATURE_COMPAT_LOST
+# Set with the first remote record. Compatible: it only says where things may be had.
+FEATURE_COMPAT_REMOTES = 8
+FEATURES_COMPAT_KNOWN = (
+    FEATURE_COMPAT_VIEWS | FEATURE_COMPAT_ORIGINS | FEATURE_COMPAT_LOST | FEATURE_COMPAT_REMOTES
+)
 
 DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
@@ -76,6 +80,8 @@ _ORIGIN_KEY = struct.Struct("<6sQQ")
 _ORIGIN = struct.Struct("<QqqB32s")
 _LOST_KEY = struct.Struct(">4sQ")
 _LOST = struct.Struct("<32sI")
+_REMOTE = struct.Struct("<I16sH")
+_URL_LENGTH = struct.Struct("<H")
 _MANIFEST = struct.Struct("<QHHIQQQQ")
 _FRAME_KEY = struct.Struct(">Q")
 _DRAFT_KEY = struct.Struct(">16sI")
@@ -93,6 +99,7 @@ assert _ORIGIN_KEY.size == 22
 assert _ORIGIN.size == 57
 assert _LOST_KEY.size == 12
 assert _LOST.size == 36
+assert _REMOTE.size == 22
 assert _MANIFEST.size == 48
 assert array("Q").itemsize == 8
 assert sys.byteorder == "little"  # arrays are written as they are in memory
@@ -708,6 +715,63 @@ def decode_lost(record: Buffer, key: bytes) -> LostChunk:
     return LostChunk(*_unpack(_LOST, body, "lost"))  # type: ignore[arg-type]
 
 
+# --- remotes ---
+
+_REMOTE_KEY_PREFIX = b"remote"
+REMOTE_NAME_BYTES_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRecord:
+    """A remote that the store knows: its number in place records, its UUID, the URLs of it and of
+    its mirrors, at least one."""
+
+    number: int
+    uuid: bytes
+    urls: tuple[str, ...]
+
+
+def remote_key(name: str) -> bytes:
+    """Key of database `meta`: the remote of this name."""
+    return _REMOTE_KEY_PREFIX + name.encode()
+
+
+def decode_remote_key(key: Buffer) -> str | None:
+    """The name in a key of database `meta`; None if it is no remote's."""
+    raw = bytes(key)
+    name = raw[len(_REMOTE_KEY_PREFIX) :]
+    if not raw.startswith(_REMOTE_KEY_PREFIX) or not 1 <= len(name) <= REMOTE_NAME_BYTES_MAX:
+        return None
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def encode_remote(remote: RemoteRecord, key: bytes) -> bytes:
+    """Value of a remote's key."""
+    urls = [url.encode() for url in remote.urls]
+    body = _REMOTE.pack(remote.number, remote.uuid, len(urls))
+    body += b"".join(_URL_LENGTH.pack(len(url)) + url for url in urls)
+    return _guarded(body, xxh3_64_intdigest(key))
+
+
+def decode_remote(record: Buffer, key: bytes) -> RemoteRecord:
+    """Return the record of a remote's key."""
+    body = _unguarded(record, "remote", xxh3_64_intdigest(key))
+    number, uuid, count = _unpack(_REMOTE, body, "remote")
+    rest, urls = bytes(body[_REMOTE.size :]), []
+    while len(rest) >= _URL_LENGTH.size:
+        end = _URL_LENGTH.size + int(_URL_LENGTH.unpack_from(rest)[0])
+        urls.append(rest[_URL_LENGTH.size : end].decode(errors="replace"))
+        if end > len(rest):
+            break
+        rest = rest[end:]
+    if rest or not urls or len(urls) != count:
+        raise StoreDamagedError("remote record has a ragged length")
+    return RemoteRecord(number, uuid, tuple(urls))  # type: ignore[arg-type]
+
+
 # --- what is in database `meta`, and mending ---
 
 
@@ -719,7 +783,9 @@ def meta_kind(key: Buffer) -> str | None:
         return "view"
     if is_origin_key(key):
         return "origin"
-    return None if decode_lost_key(key) is None else "lost"
+    if decode_lost_key(key) is not None:
+        return "lost"
+    return None if decode_remote_key(key) is None else "remote"
 
 
 def with_one_bit_mended(record: Buffer, seed: int, bits: int | None = None) -> bytes | None:
@@ -748,7 +814,7 @@ def with_one_bit_mended(record: Buffer, seed: int, bits: int | None = None) -> b
 
 
 def record_seed(key: bytes) -> int:
-    """The seed of the guards of image, view, origin and lost records."""
+    """The seed of the guards of image, view, origin, lost and remote records."""
     return xxh3_64_intdigest(key)
 
 

@@ -13,8 +13,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -120,24 +120,25 @@ def _proven(key: bytes, value: bytes) -> _Record | None:
             return "manifests", key, value
     except DedupError:
         pass
+    # An image may be named as a record of `meta` is: its value tells.
+    decoders: dict[str | None, Callable[[fmt.Buffer, bytes], object]] = {
+        "superblock": lambda record, _key: fmt.decode_superblock(record),
+        "totals": lambda record, _key: fmt.decode_totals(record),
+        "view": fmt.decode_view,
+        "lost": fmt.decode_lost,
+        "remote": fmt.decode_remote,
+    }
     kind = fmt.meta_kind(key)
-    decoders = {"view": fmt.decode_view, "lost": fmt.decode_lost}
-    try:
-        if kind == "superblock":
-            fmt.decode_superblock(value)
-        elif kind == "totals":
-            fmt.decode_totals(value)
-        elif kind in decoders:
+    if kind in decoders:
+        with suppress(DedupError):
             decoders[kind](value, key)
-        elif 0 < len(key) <= IMAGE_NAME_BYTES_MAX:
+            return "meta", key, value
+    if 0 < len(key) <= IMAGE_NAME_BYTES_MAX:
+        with suppress(DedupError):
             catalog.decode_name(key)
             fmt.decode_image(value, key)
             return "images", key, value
-        else:
-            return None
-    except DedupError:
-        return None
-    return "meta", key, value
+    return None
 
 
 def _is_sealed(record: fmt.Buffer, frame: int) -> bool:

@@ -7,6 +7,7 @@ are verified before (`run`). Records are seen in one snapshot. Not thread-safe.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import lmdb
@@ -94,8 +95,13 @@ class Scrub:
             self._find("totals", f"are {totals} but the frames give {counted}")
 
     def _verify_meta(self, txn: lmdb.Transaction) -> None:
-        """Origins, lost records, and that there is nothing else. Views come with the images."""
-        decoders = {"origin": ("origins", fmt.decode_origin), "lost": ("lost", fmt.decode_lost)}
+        """Origins, lost records, remotes, and that there is nothing else. Views come with the
+        images."""
+        decoders: dict[str | None, tuple[str, Callable[[fmt.Buffer, bytes], object]]] = {
+            "origin": ("origins", fmt.decode_origin),
+            "lost": ("lost", fmt.decode_lost),
+            "remote": ("remotes", fmt.decode_remote),
+        }
         for key, record in txn.cursor(db=self.env.meta):
             kind = fmt.meta_kind(key)
             try:

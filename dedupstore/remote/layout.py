@@ -115,6 +115,11 @@ def id_of(path: str) -> bytes | None:
     return bytes.fromhex(path[-2 * fmt.DIGEST_BYTES :])
 
 
+def is_pack(path: str) -> bool:
+    """Whether an object is a pack, by its path."""
+    return path.startswith(PACKS) and id_of(path) is not None
+
+
 # --- documents ---
 
 

@@ -12,6 +12,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
 from typing import TypeVar
 
 from blake3 import blake3
@@ -26,13 +28,15 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Codecs
 from dedupstore.remote import layout
-from dedupstore.remote.objects import Accept, Objects, Version
+from dedupstore.remote.objects import Accept, Found, Objects, Version
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 # Small objects that are read at a time: what a request waits for is the distance.
 PARALLEL = 16
+# A pack's index, mostly: one request brings it and the trailer.
+_INDEX_BYTES_LIKELY = 128 << 10
 
 
 class Remote:
@@ -43,37 +47,55 @@ class Remote:
         self.name = name
         self.objects = Objects(urls)
 
-    def init(self) -> layout.RemoteInfo | None:
-        """Make a remote of the place at the first URL unless it is one; None if it can only be read
-        and so may be none. Raises RemoteDamagedError for what is not ours."""
-        if not self.objects.prepare():
-            return None
-        info = layout.RemoteInfo(uuid.uuid4(), time.time())
+    def init(self) -> layout.RemoteInfo:
+        """What the remote is; makes one of the place at the first URL if it is none. Raises
+        RemoteDamagedError for what is not ours."""
         try:
-            self.objects.create(layout.INFO_PATH, layout.encode_info(info))
-        except RemoteConflictError:
             return self.info()
-        return info
+        except RemoteNotFoundError:
+            if not self.objects.prepare():
+                raise
+        # The first push would find out too late.
+        self.probe()
+        info = layout.RemoteInfo(uuid.uuid4(), time.time())
+        with suppress(RemoteConflictError):  # another was first
+            self.objects.create(layout.INFO_PATH, layout.encode_info(info))
+        return self.info()
+
+    def probe(self) -> datetime:
+        """The remote's own time, once it has been made sure that it can be written and keeps
+        conditions. Raises RemoteError."""
+        return self.objects.probe(layout.probe_path(new_salt()))
 
     def info(self) -> layout.RemoteInfo:
-        """What the remote is. Raises RemoteNotFoundError: it is none."""
+        """What the remote is, by any mirror. Raises RemoteNotFoundError: it is none."""
         try:
             data = self.objects.read(
                 layout.INFO_PATH, layout.DOCUMENT_BYTES_MAX, layout.decode_info
             )
         except RemoteNotFoundError:
-            raise RemoteNotFoundError(
-                f"{self.objects.where}: is no remote (make it one with 'dedupstore remote add')"
-            ) from None
+            raise self._no_remote() from None
         return layout.decode_info(data)
+
+    def info_now(self) -> layout.RemoteInfo:
+        """What is at the first URL. Raises RemoteNotFoundError."""
+        found = self.objects.read_version(layout.INFO_PATH, layout.DOCUMENT_BYTES_MAX)
+        if found is None:
+            raise self._no_remote()
+        return layout.decode_info(found[0])
+
+    def _no_remote(self) -> RemoteNotFoundError:
+        return RemoteNotFoundError(
+            f"{self.objects.where}: is no remote (make it one with 'dedupstore remote add')"
+        )
 
     # --- images ---
 
     def roots(self) -> list[layout.Root]:
-        """The root documents of all images, in the order of their names."""
-        found = [one for one in self.objects.list(layout.IMAGES) if one.size]
-        roots = in_parallel(lambda one: self._root(one.path), found)
-        return sorted(filter(None, roots), key=lambda root: root.name.encode())
+        """The root documents of all images as they are now, in the order of their names."""
+        found = [one.path for one in self.objects.list(layout.IMAGES) if one.size]
+        roots = (root for root, _ in in_parallel(self._root_now, found) if root is not None)
+        return sorted(roots, key=lambda root: root.name.encode())
 
     def root(self, name: str) -> layout.Root:
         """The root document of an image, from any mirror. Raises RemoteNotFoundError."""
@@ -86,7 +108,7 @@ class Remote:
         """What to raise for an image that is not there."""
         return RemoteNotFoundError(
             f"remote {shown(self.name)} has no image named {shown(name)} "
-            f"(see 'dedupstore remote images')"
+            "(see 'dedupstore remote images')"
         )
 
     def _root(self, path: str) -> layout.Root | None:
@@ -101,11 +123,18 @@ class Remote:
     def root_version(self, name: str) -> tuple[layout.Root | None, Version | None]:
         """What a name stands for now, None: nothing; and the version of its document, None: there
         is none."""
-        path = layout.image_path(name)
+        return self._root_now(layout.image_path(name))
+
+    def _root_now(self, path: str) -> tuple[layout.Root | None, Version | None]:
         found = self.objects.read_version(path, layout.DOCUMENT_BYTES_MAX)
         if found is None:
             return None, None
-        return layout.decode_root(found[0], path), found[1]
+        try:
+            return layout.decode_root(found[0], path), found[1]
+        except RemoteDamagedError as error:
+            raise RemoteDamagedError(
+                f"{self.objects.where}: {error} ('remote delete' takes it away)"
+            ) from None
 
     def put_root(self, root: layout.Root, version: Version | None) -> None:
         """Give an image its name, in the place of this version (None: of nothing). Raises
@@ -117,11 +146,13 @@ class Remote:
             self.objects.replace(path, data, version)
 
     def delete_root(self, name: str) -> None:
-        """Take a name away. Raises RemoteNotFoundError, RemoteConflictError."""
-        root, version = self.root_version(name)
-        if root is None:
+        """Take a name away, whatever state its document is in. Raises RemoteNotFoundError,
+        RemoteConflictError."""
+        path = layout.image_path(name)
+        found = self.objects.read_version(path, layout.DOCUMENT_BYTES_MAX)
+        if found is None or not found[0]:
             raise self.no_image(name)
-        self.objects.delete_version(layout.image_path(name), version)
+        self.objects.delete_version(path, found[1])
 
     def manifest(self, root: layout.Root) -> layout.RemoteManifest:
         """The manifest of an image; it has its id."""
@@ -138,6 +169,27 @@ class Remote:
 
     # --- packs ---
 
+    def packs(self) -> dict[bytes, Found]:
+        """The packs that are there now, by id, condemned or not."""
+        found = ((layout.id_of(one.path), one) for one in self.objects.list(layout.PACKS))
+        return {pack: one for pack, one in found if pack is not None}
+
+    def condemned(self) -> dict[str, tuple[Found, frozenset[str]]]:
+        """The condemned documents that are there now, by path, and what each condemns: paths of
+        packs and manifests."""
+
+        def read(found: Found) -> frozenset[str] | None:
+            data = self.objects.read_version(found.path, layout.CONDEMNED_BYTES_MAX)
+            return None if data is None else layout.decode_condemned(data[0], found.path)
+
+        documents = self.objects.list(layout.CONDEMNED)
+        contents = in_parallel(read, documents)
+        return {
+            found.path: (found, paths)
+            for found, paths in zip(documents, contents, strict=True)
+            if paths is not None  # deleted since
+        }
+
     def indexes(self, packs: Iterable[layout.PackRef]) -> dict[bytes, layout.PackIndex]:
         """The indexes of packs, by id; many are read at a time."""
         found = in_parallel(self.index, packs)
@@ -145,16 +197,36 @@ class Remote:
 
     def index(self, ref: layout.PackRef) -> layout.PackIndex:
         """The index of one pack; it has the pack's id."""
-        length = ref.index_bytes
-        if not layout.INDEX_HEAD_BYTES <= length <= layout.INDEX_BYTES_MAX:
-            raise RemoteDamagedError(f"pack {ref.pack.hex()[:16]}: claims {length} bytes of index")
-        data = self.read(
+        return layout.decode_index(self._index_bytes(ref), ref.pack, ref.pack_bytes)
+
+    def _index_bytes(self, ref: layout.PackRef) -> bytes:
+        return self.read(
             ref.pack,
-            ref.pack_bytes - layout.TRAILER_BYTES - length,
-            length,
+            ref.pack_bytes - layout.TRAILER_BYTES - ref.index_bytes,
+            ref.index_bytes,
             lambda data: layout.decode_index(data, ref.pack, ref.pack_bytes),
         )
-        return layout.decode_index(data, ref.pack, ref.pack_bytes)
+
+    def listed_index(self, pack: bytes, pack_bytes: int) -> bytes:
+        """The index, as it is in the pack, of a pack of which only the length is known."""
+        least = layout.INDEX_HEAD_BYTES + layout.TRAILER_BYTES
+        if not least <= pack_bytes <= layout.PACK_BYTES_MAX:
+            raise RemoteDamagedError(f"pack {pack.hex()[:16]}: has {pack_bytes} bytes")
+
+        def split(tail: bytes) -> tuple[int, bytes]:
+            """Length of the index, and as much of it as is here, verified if it is all."""
+            trailer = tail[-layout.TRAILER_BYTES :]
+            index_bytes = layout.decode_trailer(trailer, pack, pack_bytes)
+            index = tail[: -layout.TRAILER_BYTES][-index_bytes:]
+            if len(index) == index_bytes:
+                layout.decode_index(index, pack, pack_bytes)
+            return index_bytes, index
+
+        length = min(_INDEX_BYTES_LIKELY, pack_bytes)
+        index_bytes, index = split(self.read(pack, pack_bytes - length, length, split))
+        if len(index) == index_bytes:
+            return index
+        return self._index_bytes(layout.PackRef(pack, pack_bytes, index_bytes))
 
     def read(self, pack: bytes, offset: int, length: int, accept: Accept | None = None) -> bytes:
         """`length` bytes of a pack. `accept` raises a DedupError when they are wrong."""

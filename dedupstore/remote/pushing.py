@@ -1,0 +1,312 @@
+"""Sending an image to a remote: what the remote has is not sent (docs/remote-format.md, "Push").
+
+Owns the order of the push's writes: packs, then a look at what was condemned meanwhile, then the
+manifest, then the root document, on a condition. `sending` makes and writes the packs. Chunks are
+found by reading the indexes of all packs, one by one: memory grows with the image, not with the
+remote. Any number of pushes, in any number of processes and hosts, may run beside each other and
+beside gc. One `Push` belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from dedupstore import catalog
+from dedupstore import format as fmt
+from dedupstore.env import Environment
+from dedupstore.errors import (
+    ChunkDamagedError,
+    RemoteConflictError,
+    RemoteError,
+    StoreDamagedError,
+    shown,
+)
+from dedupstore.frames import read_frame
+from dedupstore.leases import Leases, image_byte
+from dedupstore.remote import layout
+from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote.remote import Remote, in_parallel, new_salt
+from dedupstore.remote.sending import Place, Sender, needed_frames
+
+# How often packs may vanish under a push before it gives up: each time a gc with a grace period
+# shorter than the push must have run.
+_ROUNDS_MAX = 5
+# Indexes read at a time, so that as many are in memory.
+_INDEXES_AT_ONCE = 64
+
+OnSent = Callable[[int, bytes, int, int], None]
+"""Gets (local frame, pack id, offset, length) of each local frame that the remote has as it is,
+with the same chunks in the same slots, once the image is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did. `new_bytes` and `new_chunks` are what of the image the remote had not;
+    `sent_bytes` all that was written to it, in `packs` packs and two documents; 0, if the remote
+    had the image under this name."""
+
+    name: str
+    digest: str
+    size: int
+    chunks: int
+    new_chunks: int
+    new_bytes: int
+    sent_bytes: int
+    packs: int
+
+
+def push_image(
+    env: Environment,
+    leases: Leases,
+    remote: Remote,
+    cache: IndexCache,
+    name: str,
+    *,
+    load: Callable[[int], bytes],
+    replace: bool = False,
+    on_progress: Callable[[int, int], None],
+    on_sent: OnSent,
+) -> Pushed:
+    """Push the image `name`.
+
+    `load` gives the verified record of a local frame, and may be called by several threads.
+    `on_progress` gets (raw bytes sent since the last call, raw bytes to send in all).
+
+    Raises ImageNotFoundError; RemoteConflictError: the remote has another image of that name, and
+    not `replace`, or got one meanwhile; RemoteError; what `load` raises.
+    """
+    image = _lease(env, leases, name)
+    try:
+        root, version = remote.root_version(name)
+        if root is not None and root.digest != image.digest and not replace:
+            raise RemoteConflictError(
+                f"remote {shown(remote.name)} has another image named {shown(name)} (push with "
+                "--replace)"
+            )
+        push = Push(env, remote, cache, image, load, on_progress)
+        if root is not None and root.digest == image.digest:
+            return push.nothing(name)
+        manifest = push.send()
+        root = layout.Root(
+            name, image.digest, image.size, image.kind, time.time(), *push.write_manifest(manifest)
+        )
+        try:
+            remote.put_root(root, version)
+        except RemoteConflictError:
+            now, _ = remote.root_version(name)
+            if now is None or now.digest != image.digest:
+                raise RemoteConflictError(
+                    f"remote {shown(remote.name)}: somebody else has just pushed or deleted "
+                    f"{shown(name)}; nothing was changed (push again)"
+                ) from None
+        push.tell(on_sent)
+        return push.result(name, len(layout.encode_root(root)))
+    finally:
+        leases.release(image_byte(image.digest))
+
+
+def stored_record(env: Environment, frame: int) -> bytes:
+    """The verified record of a frame of the store: a `load` for images that are all here. Raises
+    ChunkDamagedError."""
+    with env.read() as txn:
+        record = read_frame(txn, env, frame)
+        if record is None:
+            raise ChunkDamagedError(frame, "is missing from the store")
+        fmt.verify_frame(record, frame)
+        return bytes(record)
+
+
+def _lease(env: Environment, leases: Leases, name: str) -> fmt.ImageRecord:
+    """What a name stands for, leased: gc keeps its chunks meanwhile."""
+    while True:
+        with env.read() as txn:
+            image = catalog.find_image(txn, env, name)
+        leases.take(image_byte(image.digest))
+        try:
+            # A gc may have finished between the look-up and the lease: look again.
+            with env.read() as txn:
+                if catalog.find_image(txn, env, name).digest == image.digest:
+                    return image
+        except BaseException:
+            leases.release(image_byte(image.digest))
+            raise
+        leases.release(image_byte(image.digest))
+
+
+class Push:
+    """One push of one image."""
+
+    def __init__(
+        self,
+        env: Environment,
+        remote: Remote,
+        cache: IndexCache,
+        image: fmt.ImageRecord,
+        load: Callable[[int], bytes],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._remote = remote
+        self._cache = cache
+        self._digest = image.digest
+        with env.read() as txn:
+            self._manifest = catalog.read_manifest(txn, env, image.digest)
+            self._frames = needed_frames(txn, env, self._manifest)
+        self._places: dict[bytes, Place] = {}
+        self._indexes: dict[bytes, layout.PackIndex] = {}
+        self._sender = Sender(remote, cache, load, on_progress)
+        self._document_bytes = 0
+
+    def send(self) -> layout.RemoteManifest:
+        """Have every chunk in a pack that stays; return the image's manifest."""
+        for attempt in range(_ROUNDS_MAX):
+            usable = self._usable()
+            self._places = {d: p for d, p in self._places.items() if p.pack in usable}
+            missing = self._missing()
+            if attempt and not missing:
+                return self._make_manifest()
+            self._find(usable, missing)
+            for index in self._sender.send(self._frames, frozenset(missing)):
+                self._note(index, missing)
+        raise RemoteError(
+            f"remote {shown(self._remote.name)}: packs vanish while they are written (is a gc with "
+            "too short a grace period running?)"
+        )
+
+    def _usable(self) -> dict[bytes, int]:
+        """Id and length of each pack that is there and not condemned, in this order: one that is
+        condemned after the first look is deleted a grace period later."""
+        condemned = {path for _, paths in self._remote.condemned().values() for path in paths}
+        return {
+            pack: found.size
+            for pack, found in self._remote.packs().items()
+            if found.path not in condemned
+        }
+
+    def _missing(self) -> set[bytes]:
+        return {
+            slot.digest
+            for local in self._frames.values()
+            for slot in local.needed()
+            if slot.digest not in self._places
+        }
+
+    def _find(self, usable: dict[bytes, int], missing: set[bytes]) -> None:
+        """Take from `missing` what is in the packs that are there."""
+        self._cache.keep_only(usable)
+        packs = list(usable)
+        for at in range(0, len(packs), _INDEXES_AT_ONCE):
+            if not missing:
+                return
+            some = packs[at : at + _INDEXES_AT_ONCE]
+            for index in in_parallel(lambda pack: self._cache.get(pack, usable[pack]), some):
+                self._note(index, missing)
+
+    def _note(self, index: layout.PackIndex, missing: set[bytes]) -> None:
+        """Take from `missing` what is in a pack."""
+        for number, frame in enumerate(index.frames):
+            for slot, entry in enumerate(frame.header().slots):
+                if entry.digest in missing:
+                    missing.discard(entry.digest)
+                    self._places[entry.digest] = Place(index.pack, number, slot)
+                    self._indexes[index.pack] = index
+
+    # --- the manifest ---
+
+    def _make_manifest(self) -> layout.RemoteManifest:
+        """The image's runs, with references into packs instead of into the store."""
+        packs: dict[bytes, int] = {}
+        frames: dict[tuple[bytes, int], int] = {}
+        lengths, refs, counts = array("Q"), array("Q"), array("I")
+        slots: list[tuple[fmt.Slot, ...]] = []
+        follows = -1
+        local = self._manifest
+        for run, ref, count in zip(local.lengths, local.refs, local.counts, strict=True):
+            if ref == fmt.REF_HOLE:
+                lengths.append(run)
+                refs.append(fmt.REF_HOLE)
+                counts.append(0)
+                follows = -1
+                continue
+            table = self._frames[ref >> fmt.REF_SLOT_BITS].slots
+            first = ref & fmt.REF_SLOT_MASK
+            for slot in table[first : first + count]:
+                place = self._places[slot.digest]
+                key = (place.pack, place.frame)
+                if key not in frames:
+                    packs.setdefault(place.pack, len(packs))
+                    frames[key] = len(frames)
+                    slots.append(self._indexes[place.pack].frames[place.frame].header().slots)
+                at = fmt.make_ref(1 + frames[key], place.slot)
+                if at == follows:
+                    lengths[-1] += slot.length
+                    counts[-1] += 1
+                else:
+                    lengths.append(slot.length)
+                    refs.append(at)
+                    counts.append(1)
+                follows = at + 1
+        manifest = layout.RemoteManifest(
+            local.size,
+            local.chunks,
+            local.unique_bytes,
+            local.zero_bytes,
+            tuple(_ref(self._indexes[pack]) for pack in packs),
+            array("I", (packs[pack] for pack, _ in frames)),
+            array("I", (number for _, number in frames)),
+            lengths,
+            refs,
+            counts,
+        )
+        if layout.image_digest(manifest, slots) != self._digest:
+            raise StoreDamagedError(
+                f"image {self._digest.hex()[:16]} does not have its digest (run 'dedupstore check')"
+            )
+        return manifest
+
+    def write_manifest(self, manifest: layout.RemoteManifest) -> tuple[bytes, int]:
+        """Write the manifest; return its id and length."""
+        data = layout.encode_manifest(manifest, new_salt())
+        digest = blake3(data).digest()
+        self._remote.objects.put(layout.manifest_path(digest), data)
+        self._document_bytes = len(data)
+        return digest, len(data)
+
+    # --- what it did ---
+
+    def tell(self, on_sent: OnSent) -> None:
+        """Say which local frames the remote has as they are."""
+        for frame, local in self._frames.items():
+            first = self._places[local.slots[0].digest] if local.whole else None
+            if first is None:
+                continue
+            there = self._indexes[first.pack].frames[first.frame]
+            if there.header().slots == local.slots:
+                on_sent(frame, first.pack, there.offset, there.length)
+
+    def nothing(self, name: str) -> Pushed:
+        """The result when the remote has the image."""
+        local = self._manifest
+        return Pushed(name, self._digest.hex(), local.size, local.chunks, 0, 0, 0, 0)
+
+    def result(self, name: str, root_bytes: int) -> Pushed:
+        """The result of a push that sent something."""
+        sender, local = self._sender, self._manifest
+        return Pushed(
+            name,
+            self._digest.hex(),
+            local.size,
+            local.chunks,
+            sender.chunks,
+            sender.raw_bytes,
+            sender.sent_bytes + self._document_bytes + root_bytes,
+            sender.packs,
+        )
+
+
+def _ref(index: layout.PackIndex) -> layout.PackRef:
+    return layout.PackRef(index.pack, index.pack_bytes, index.index_bytes)

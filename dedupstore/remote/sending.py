@@ -1,0 +1,224 @@
+"""Which frames a push sends, and the packs that it writes.
+
+Owns the choice: a local frame whose chunks the image all needs, and the remote all lacks, goes as
+it is, its record only sealed anew; of others the chunks that are lacking are packed anew. Packs are
+written in the image's order, several at a time; what is in memory is bounded by that. One `Sender`
+belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+import lmdb
+
+from dedupstore import format as fmt
+from dedupstore.constants import FRAME_SLOTS_MAX, MIB
+from dedupstore.env import Environment
+from dedupstore.errors import ChunkDamagedError
+from dedupstore.frames import Codecs, FrameBuilder, encode_new, read_head
+from dedupstore.remote import layout
+from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote.remote import Remote, new_salt
+
+# A pack is closed when it has this many bytes. Large enough that a request's cost is noise, small
+# enough that a push that is killed has little to send again.
+PACK_BYTES = 8 * MIB
+# Packs written, and frames loaded, at a time.
+_UPLOADS = 4
+_FRAMES_AHEAD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk is in a remote: pack id, number of the frame in it, slot."""
+
+    pack: bytes
+    frame: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A frame of the store that an image needs: its slots, which of them the image reads, and
+    whether these are all."""
+
+    slots: tuple[fmt.Slot, ...]
+    read: frozenset[int]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the image reads every slot."""
+        return len(self.read) == len(self.slots)
+
+    def needed(self) -> Iterator[fmt.Slot]:
+        """The slots that the image reads."""
+        return (self.slots[i] for i in sorted(self.read))
+
+
+def needed_frames(
+    txn: lmdb.Transaction, env: Environment, manifest: fmt.ManifestRecord
+) -> dict[int, Local]:
+    """The frames that an image needs, by number, in the order in which it first does. Raises
+    ChunkDamagedError: one is missing, or has not got what the image reads there."""
+    read: dict[int, set[int]] = {}
+    for ref, count in zip(manifest.refs, manifest.counts, strict=True):
+        if ref != fmt.REF_HOLE:
+            first = ref & fmt.REF_SLOT_MASK
+            read.setdefault(ref >> fmt.REF_SLOT_BITS, set()).update(range(first, first + count))
+    return {frame: _local(txn, env, frame, slots) for frame, slots in read.items()}
+
+
+def _local(txn: lmdb.Transaction, env: Environment, frame: int, read: set[int]) -> Local:
+    head = read_head(txn, env, frame)
+    if head is None:
+        raise ChunkDamagedError(frame, "is missing from the store")
+    slots = fmt.decode_frame_header(head[0], frame).slots
+    for i in sorted(read):
+        if i >= len(slots) or slots[i].state in (fmt.SLOT_ABSENT, fmt.SLOT_DROPPED):
+            raise ChunkDamagedError(frame, "its bytes are not in the store", i)
+    return Local(slots, frozenset(read))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A local frame to send: its number, and the slots that go, None: it goes as it is."""
+
+    frame: int
+    local: Local
+    slots: tuple[int, ...] | None
+    raw_bytes: int
+
+
+class Sender:
+    """Writes packs to a remote, and counts what it wrote."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        cache: IndexCache,
+        load: Callable[[int], bytes],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._remote = remote
+        self._cache = cache
+        self._load = load
+        self._on_progress = on_progress
+        self._codecs = Codecs()
+        self.chunks = self.raw_bytes = self.sent_bytes = self.packs = 0
+
+    def send(
+        self, frames: Mapping[int, Local], missing: frozenset[bytes]
+    ) -> Iterator[layout.PackIndex]:
+        """Write the `missing` chunks of these frames; yield the index of each pack once it is
+        there."""
+        tasks = _plan(frames, missing)
+        total = sum(task.raw_bytes for task in tasks)
+        records = self._records(tasks)
+        uploads = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload")
+        under_way: deque[Future[layout.NewPack]] = deque()
+        try:
+            for pack in _packs(records):
+                under_way.append(uploads.submit(self._write, pack))
+                if len(under_way) >= _UPLOADS:
+                    yield self._count(under_way.popleft().result(), total)
+            while under_way:
+                yield self._count(under_way.popleft().result(), total)
+        finally:
+            records.close()
+            uploads.shutdown(cancel_futures=True)
+
+    def _write(self, pack: layout.NewPack) -> layout.NewPack:
+        self._remote.objects.put(layout.pack_path(pack.index.pack), pack.data)
+        end = len(pack.data) - layout.TRAILER_BYTES
+        self._cache.put(pack.index.pack, pack.data[end - pack.index.index_bytes : end])
+        return pack
+
+    def _count(self, pack: layout.NewPack, total: int) -> layout.PackIndex:
+        headers = [frame.header() for frame in pack.index.frames]
+        raw_bytes = sum(header.raw_bytes for header in headers)
+        self.packs += 1
+        self.sent_bytes += len(pack.data)
+        self.raw_bytes += raw_bytes
+        self.chunks += sum(len(header.slots) for header in headers)
+        self._on_progress(raw_bytes, total)
+        return pack.index
+
+    def _records(self, tasks: list[_Task]) -> Generator[bytearray, None, None]:
+        """The records of the frames to send, sealed."""
+        builder = FrameBuilder(FRAME_SLOTS_MAX)
+        for task, record in self._loaded(tasks):
+            view = memoryview(record)
+            slots = task.slots
+            if slots is None:
+                if fmt.decode_frame_header(view, task.frame).slots == task.local.slots:
+                    fmt.seal_frame(record, layout.FRAME_SEED)
+                    yield record
+                    continue
+                slots = tuple(range(len(task.local.slots)))
+            raw = memoryview(self._codecs.decode(view, task.frame))
+            offsets = fmt.decode_frame_offsets(view, task.frame)
+            for slot in slots:
+                entry = task.local.slots[slot]
+                data = raw[offsets[slot] : offsets[slot] + entry.length]
+                if len(data) != entry.length:
+                    raise ChunkDamagedError(task.frame, "its bytes are not in the store", slot)
+                if not builder.fits(entry.length):
+                    yield self._built(builder)
+                builder.add(entry.digest, data)
+        if builder:
+            yield self._built(builder)
+
+    def _built(self, builder: FrameBuilder) -> bytearray:
+        record = encode_new(self._codecs, *builder.take()).record
+        fmt.seal_frame(record, layout.FRAME_SEED)
+        return record
+
+    def _loaded(self, tasks: list[_Task]) -> Iterator[tuple[_Task, bytearray]]:
+        """The records of local frames, some of which are loaded ahead."""
+        pool = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="load")
+        ahead: deque[tuple[_Task, Future[bytes]]] = deque()
+        try:
+            for task in tasks:
+                ahead.append((task, pool.submit(self._load, task.frame)))
+                if len(ahead) >= _FRAMES_AHEAD:
+                    first, future = ahead.popleft()
+                    yield first, bytearray(future.result())
+            for first, future in ahead:
+                yield first, bytearray(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _plan(frames: Mapping[int, Local], missing: frozenset[bytes]) -> list[_Task]:
+    """What to send of each frame. A chunk that is in two goes once."""
+    left = set(missing)
+    tasks = []
+    for frame, local in frames.items():
+        slots = []
+        for i in sorted(local.read):
+            if local.slots[i].digest in left:
+                left.remove(local.slots[i].digest)
+                slots.append(i)
+        if slots:
+            raw_bytes = sum(local.slots[i].length for i in slots)
+            whole = len(slots) == len(local.slots)
+            tasks.append(_Task(frame, local, None if whole else tuple(slots), raw_bytes))
+    return tasks
+
+
+def _packs(records: Iterator[bytearray]) -> Iterator[layout.NewPack]:
+    """Records, collected to packs."""
+    collected: list[fmt.Buffer] = []
+    size = 0
+    for record in chain(records, (None,)):
+        if record is not None:
+            collected.append(memoryview(record))
+            size += len(record)
+        if collected and (record is None or size >= PACK_BYTES):
+            yield layout.encode_pack(collected, new_salt())
+            collected, size = [], 0
