@@ -17,6 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +53,8 @@ BACKOFF_SECONDS = 0.1
 BACKOFF_SECONDS_MAX = 4.0
 # How long a URL that failed is asked after the others.
 AVOID_SECONDS = 30
+# What is written on a condition is smaller.
+_DOCUMENT_BYTES = 64 << 10
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
 _TRANSIENT = frozenset(
@@ -141,6 +144,7 @@ class Objects:
         begun = time.monotonic()
         backoff = BACKOFF_SECONDS
         hopeless: dict[str, RemoteError] = {}
+        wrong: set[str] = set()
         failed: RemoteError | None = None
         for _ in range(TRIES_MAX):
             for mirror in self._in_order():
@@ -156,6 +160,9 @@ class Objects:
                     failed = _failure(mirror, path, error)
                 except DedupError as error:
                     failed = RemoteDamagedError(f"{mirror.shown}: {error}")
+                    if mirror.url in wrong:  # not on the way, then
+                        hopeless[mirror.url] = failed
+                    wrong.add(mirror.url)
                 mirror.failed_at = time.monotonic()
             if len(hopeless) == len(self._mirrors) or time.monotonic() - begun > TRY_SECONDS:
                 break
@@ -224,7 +231,7 @@ class Objects:
             self._do(path, write)
         except RemoteError:
             try:
-                now = self.read_version(path, len(data))
+                now = self.read_version(path, max(len(data), _DOCUMENT_BYTES))
             except RemoteError:
                 now = None
             if now is None or now[0] != data:
@@ -259,7 +266,8 @@ class Objects:
                     "each other's images (use a store that has conditional writes)"
                 )
         finally:
-            self.delete(path)
+            with suppress(RemoteError):  # who may only add has no need to delete
+                self.delete(path)
         self._do(path, lambda backend: backend.tidy())
         return now
 

@@ -71,6 +71,7 @@ KINDS = {
     "View record": Kind("meta", "views", is_meta("view")),
     "Origin record": Kind("meta", "origins", is_meta("origin")),
     "Lost record": Kind("meta", "lost", is_meta("lost")),
+    "Remote record": Kind("meta", "remotes", is_meta("remote")),
     "Draft record": Kind("drafts", "drafts"),
 }
 

@@ -20,6 +20,7 @@ NAMES = (
     "parameters",
     "mount_records",
     "handshake",
+    "remotes",
 )
 
 

@@ -1,0 +1,618 @@
+"""Pushing to remotes, and collecting their garbage: in a directory, and in a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dedupstore import format as fmt
+from dedupstore.errors import (
+    ChunkDamagedError,
+    RemoteConflictError,
+    RemoteError,
+    RemoteNotFoundError,
+    UsageError,
+)
+from dedupstore.frames import Codecs
+from dedupstore.imported import Imported
+from dedupstore.remote import layout
+from dedupstore.remote.collecting import RemoteCollected, collect_remote
+from dedupstore.remote.configuration import add_remote, find_remote
+from dedupstore.remote.objects import Found
+from dedupstore.remote.pushing import stored_record
+from dedupstore.remote.remote import Remote, open_frame
+from dedupstore.store import Store
+from tests.conftest import GRID, flipped, import_bytes, keys_of, noise, silent, text
+from tests.interop.objectstores import S3Server, seaweedfs
+from tests.remotes import assert_whole, collect, image_bytes, pack_files, push
+
+Add = Callable[[str, bytes], Imported]
+
+BASE = noise(1, 300_000) + bytes(100_000) + text(2, 500_000)
+DERIVED = BASE[: 50 * GRID] + noise(3, 40 * GRID) + BASE[50 * GRID :]
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(params=["directory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a remote may be made."""
+    if request.param == "directory":
+        return str(tmp_path / "remote")
+    server: S3Server = request.getfixturevalue("s3_server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"{server.bucket}/{tmp_path.name}"
+
+
+@pytest.fixture
+def remote(store: Store, url: str) -> Remote:
+    return add_remote(store.env, "r", [url])
+
+
+@pytest.fixture
+def folder(store: Store, tmp_path: Path) -> Path:
+    """A remote `r` in a directory, whose files tests may hurt."""
+    add_remote(store.env, "r", [str(tmp_path / "folder")])
+    return tmp_path / "folder"
+
+
+def found(store: Store) -> Remote:
+    return find_remote(store.env, "r")[0]
+
+
+# --- what a push sends ---
+
+
+def test_a_pushed_image_is_read_back_byte_for_byte(store: Store, add: Add, remote: Remote) -> None:
+    imported = add("lib/base:1", BASE)
+    pushed = push(store, "r", "lib/base:1")
+    assert (pushed.new_bytes, pushed.new_chunks) == (imported.unique_bytes, imported.new_chunks)
+    assert image_bytes(remote, "lib/base:1") == BASE
+    root = remote.root("lib/base:1")
+    assert (root.size, root.kind, root.digest) == (len(BASE), fmt.KIND_RAW, imported.digest)
+    assert [one.name for one in remote.roots()] == ["lib/base:1"]
+
+
+@pytest.mark.parametrize("data", [b"", bytes(1_000_000), b"x"], ids=["empty", "zeros", "byte"])
+def test_images_with_hardly_any_chunks(store: Store, add: Add, remote: Remote, data: bytes) -> None:
+    add("odd", data)
+    push(store, "r", "odd")
+    assert image_bytes(remote, "odd") == data
+
+
+def test_what_the_remote_has_is_not_sent(store: Store, add: Add, remote: Remote) -> None:
+    add("base", BASE)
+    derived = add("derived", DERIVED)
+    store.clone("base", "clone")
+    push(store, "r", "base")
+    assert push(store, "r", "base").sent_bytes == 0
+    clone = push(store, "r", "clone")
+    assert (clone.packs, clone.new_bytes) == (0, 0)
+    assert clone.sent_bytes < 2000
+    pushed = push(store, "r", "derived")
+    assert pushed.new_bytes == derived.new_bytes
+    assert pushed.sent_bytes <= 1.05 * derived.stored_bytes
+    for name, data in (("base", BASE), ("clone", BASE), ("derived", DERIVED)):
+        assert image_bytes(remote, name) == data
+
+
+def test_another_host_sends_only_what_the_remote_has_not(
+    store: Store, add: Add, remote: Remote, url: str, tmp_path: Path
+) -> None:
+    add("base", BASE)
+    push(store, "r", "base")
+    with Store.create(tmp_path / "other") as other:
+        add_remote(other.env, "r", [url])
+        # Its frames hold chunks that the remote has beside some that it has not.
+        import_bytes(other, tmp_path, "derived", DERIVED)
+        pushed = push(other, "r", "derived")
+        assert 40 * GRID <= pushed.new_bytes < 60 * GRID
+        assert pushed.sent_bytes < 1.05 * pushed.new_bytes
+    assert image_bytes(remote, "derived") == DERIVED
+    assert image_bytes(remote, "base") == BASE
+
+
+def test_frames_go_as_they_are_and_are_told_of(store: Store, add: Add, folder: Path) -> None:
+    add("base", BASE)
+    told = {}
+    push(store, "r", "base", on_sent=lambda frame, *place: told.update({frame: place}))
+    assert {fmt.frame_key(frame) for frame in told} == set(keys_of(store, "frames"))
+    for frame, (pack, offset, length) in told.items():
+        local = stored_record(store.env, frame)
+        there = (folder / layout.pack_path(pack)).read_bytes()[offset : offset + length]
+        assert there[8:] == local[8:]
+        fmt.verify_frame(there, layout.FRAME_SEED)
+    again = []
+    store.clone("base", "clone")
+    push(store, "r", "clone", on_sent=lambda frame, *_: again.append(frame))
+    assert sorted(again) == sorted(told)
+
+
+def test_frames_with_reclaimed_chunks_are_packed_anew(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    """Their slots would not all be present."""
+    add("base", BASE)
+    part = BASE[: 4096 * 20] + bytes(4096) + BASE[4096 * 45 : 4096 * 60]
+    add("part", part)
+    store.remove(["base"])
+    assert store.collect_garbage().chunks
+    told: list[int] = []
+    push(store, "r", "part", on_sent=lambda frame, *_: told.append(frame))
+    assert image_bytes(remote, "part") == part
+    assert len(told) < len(keys_of(store, "frames"))
+
+
+def test_what_is_loaded_may_come_from_elsewhere(store: Store, add: Add, remote: Remote) -> None:
+    add("base", BASE)
+    asked = []
+
+    def load(frame: int) -> bytes:
+        asked.append(frame)
+        return stored_record(store.env, frame)
+
+    push(store, "r", "base", load=load)
+    assert {fmt.frame_key(frame) for frame in asked} == set(keys_of(store, "frames"))
+    assert len(asked) == len(set(asked))
+
+
+def test_a_frame_that_cannot_be_loaded_ends_the_push_and_leaves_no_image(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("base", BASE)
+
+    def load(frame: int) -> bytes:
+        raise ChunkDamagedError(frame, "is gone")
+
+    told: list[int] = []
+    with pytest.raises(ChunkDamagedError):
+        push(store, "r", "base", load=load, on_sent=lambda frame, *_: told.append(frame))
+    assert remote.roots() == []
+    assert told == []
+    push(store, "r", "base")
+    assert image_bytes(remote, "base") == BASE
+
+
+def test_the_image_stays_here_while_it_is_pushed(store: Store, add: Add, remote: Remote) -> None:
+    add("base", BASE)
+
+    first = threading.Lock()
+
+    def load(frame: int) -> bytes:
+        if first.acquire(blocking=False):
+            store.remove(["base"])
+        assert store.collect_garbage().chunks == 0
+        return stored_record(store.env, frame)
+
+    push(store, "r", "base", load=load)
+    assert image_bytes(remote, "base") == BASE
+    assert store.collect_garbage().chunks > 0
+
+
+# --- names ---
+
+
+def test_another_image_of_that_name_is_only_replaced_on_request(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    store.rename("a", "old")
+    add("a", DERIVED)
+    with pytest.raises(RemoteConflictError, match="--replace"):
+        push(store, "r", "a")
+    assert image_bytes(remote, "a") == BASE
+    push(store, "r", "a", replace=True)
+    assert image_bytes(remote, "a") == DERIVED
+
+
+def test_a_name_that_another_took_meanwhile_is_not_overwritten(
+    store: Store, add: Add, remote: Remote, url: str, tmp_path: Path
+) -> None:
+    add("a", BASE)
+    with Store.create(tmp_path / "other") as other:
+        add_remote(other.env, "r", [url])
+        import_bytes(other, tmp_path, "a", noise(9, 50_000))
+
+        first = threading.Lock()
+
+        def load(frame: int) -> bytes:
+            if first.acquire(blocking=False):
+                push(other, "r", "a")
+            return stored_record(store.env, frame)
+
+        with pytest.raises(RemoteConflictError, match="somebody else"):
+            push(store, "r", "a", load=load)
+    assert image_bytes(remote, "a") == noise(9, 50_000)
+
+
+def test_a_deleted_image_is_gone_and_can_be_pushed_again(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    remote.delete_root("a")
+    assert remote.roots() == []
+    with pytest.raises(RemoteNotFoundError, match="no image named 'a'"):
+        remote.root("a")
+    with pytest.raises(RemoteNotFoundError):
+        remote.delete_root("a")
+    assert push(store, "r", "a").packs == 0
+    assert image_bytes(remote, "a") == BASE
+
+
+# --- gc ---
+
+
+def test_gc_condemns_first_and_deletes_a_grace_period_later(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("a", BASE)
+    add("b", noise(7, 400_000))
+    push(store, "r", "a")
+    push(store, "r", "b")
+    remote.delete_root("b")
+    wait_for_the_remote_s_clock()
+    young = collect(remote, 3600)
+    assert (young.condemned, young.deleted, young.young) == (0, 0, 2)
+    promised = collect(remote, dry_run=True)
+    assert (promised.condemned, promised.deleted) == (2, 0)
+    assert remote.condemned() == {}
+    condemned = collect(remote)
+    assert (condemned.condemned, condemned.deleted, condemned.images) == (2, 0, 1)
+    assert 400_000 < condemned.condemned_bytes < 420_000
+    wait_for_the_remote_s_clock()
+    deleted = collect(remote)
+    assert (deleted.condemned, deleted.deleted) == (0, 2)
+    assert deleted.deleted_bytes == condemned.condemned_bytes
+    assert remote.condemned() == {}
+    assert assert_whole(remote) == ["a"]
+    assert push(store, "r", "b").new_bytes == 400_000
+    assert image_bytes(remote, "b") == noise(7, 400_000)
+
+
+def wait_for_the_remote_s_clock() -> None:
+    """Object stores know when to a second."""
+    time.sleep(1.1)
+
+
+def test_gc_refuses_a_grace_period_that_pushes_cannot_rely_on(store: Store, folder: Path) -> None:
+    with pytest.raises(UsageError, match="--force"):
+        collect_remote(found(store), grace_seconds=599, on_progress=silent)
+    collect_remote(found(store), grace_seconds=600, on_progress=silent)
+
+
+def test_a_condemned_pack_that_is_needed_again_stays(store: Store, add: Add, folder: Path) -> None:
+    """A push looked before the gc condemned, and wrote its root document after."""
+    add("a", BASE)
+    push(store, "r", "a")
+    remote = found(store)
+    root, _ = remote.root_version("a")
+    assert root is not None
+    remote.delete_root("a")
+    assert collect(remote).condemned == 2
+    remote.put_root(root, None)
+    kept = collect(remote)
+    assert (kept.deleted, kept.condemned) == (0, 0)
+    assert remote.condemned() == {}
+    assert image_bytes(remote, "a") == BASE
+
+
+def test_a_condemned_pack_counts_as_absent_for_a_push(store: Store, add: Add, folder: Path) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    remote = found(store)
+    remote.delete_root("a")
+    collect(remote)
+    assert push(store, "r", "a").new_bytes > 0
+    collect(remote)
+    assert image_bytes(remote, "a") == BASE
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_pack_that_a_gc_takes_from_under_a_push_is_sent_again(
+    store: Store, add: Add, folder: Path, rounds: int
+) -> None:
+    """Condemned, or condemned and deleted, between the push's look and its end."""
+    add("a", BASE)
+    push(store, "r", "a")
+    add("b", DERIVED)
+    remote = found(store)
+    remote.delete_root("a")
+    collected: list[RemoteCollected] = []
+    first = threading.Lock()
+
+    def load(frame: int) -> bytes:
+        if first.acquire(blocking=False):
+            collected.extend(collect(remote) for _ in range(rounds))
+        return stored_record(store.env, frame)
+
+    pushed = push(store, "r", "b", load=load)
+    assert pushed.new_bytes > 0
+    assert collected[0].condemned == 2
+    for _ in range(2):
+        collect(remote)
+    assert image_bytes(remote, "b") == DERIVED
+    assert assert_whole(remote) == ["b"]
+
+
+def test_own_packs_that_vanish_are_sent_again_and_not_forever(
+    store: Store, add: Add, folder: Path
+) -> None:
+    add("a", BASE)
+    remote = found(store)
+    real, calls = Remote.packs, 0
+
+    def vanish(times: int) -> Callable[[Remote], dict[bytes, Found]]:
+        def packs(self: Remote) -> dict[bytes, Found]:
+            nonlocal calls
+            calls += 1
+            if calls <= times:
+                for path in pack_files(folder):
+                    path.unlink()
+            return real(self)
+
+        return packs
+
+    def push_through(times: int) -> None:
+        nonlocal calls
+        calls = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Remote, "packs", vanish(times))
+            push(store, "r", "a")
+
+    push_through(3)
+    assert image_bytes(remote, "a") == BASE
+    remote.delete_root("a")
+    with pytest.raises(RemoteError, match="vanish"):
+        push_through(100)
+    assert remote.roots() == []
+
+
+@pytest.mark.parametrize("hurt", ["manifest", "root"])
+def test_gc_deletes_nothing_when_it_cannot_tell_what_is_needed(
+    store: Store, add: Add, folder: Path, hurt: str
+) -> None:
+    add("a", BASE)
+    add("b", noise(7, 400_000))
+    push(store, "r", "a")
+    push(store, "r", "b")
+    remote = found(store)
+    path = folder / (layout.image_path("a"))
+    if hurt == "manifest":
+        path = folder / layout.manifest_path(remote.root("a").manifest)
+    path.write_bytes(flipped(path.read_bytes(), 5))
+    remote.delete_root("b")
+    with pytest.raises(RemoteError, match="delete"):
+        collect(remote)
+    assert remote.condemned() == {}
+    remote.delete_root("a")
+    assert collect(remote).condemned == 4
+
+
+# --- derived data and damage ---
+
+
+def cached(store: Store) -> list[Path]:
+    return sorted(path for path in (store.path / "remotes").rglob("*") if path.is_file())
+
+
+def test_indexes_are_kept_and_a_damaged_or_lost_one_is_read_again(
+    store: Store, add: Add, folder: Path
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    (index,) = cached(store)
+    pack = (folder / layout.pack_path(bytes.fromhex(index.name))).read_bytes()
+    assert pack[-16 - index.stat().st_size : -16] == index.read_bytes()
+    kept = index.read_bytes()
+    for spoiled in (flipped(kept, 77), kept[:-5], b"", None):
+        store.clone("a", "clone")
+        index.unlink() if spoiled is None else index.write_bytes(spoiled)
+        assert push(store, "r", "clone").packs == 0
+        assert index.read_bytes() == kept
+        found(store).delete_root("clone")
+        store.remove(["clone"])
+
+
+def test_a_cached_index_spares_reading_the_pack(store: Store, add: Add, folder: Path) -> None:
+    add("a", BASE)
+    store.clone("a", "b")
+    push(store, "r", "a")
+    for path in pack_files(folder):  # the length stays, so that the listing is as before
+        path.write_bytes(bytes(path.stat().st_size))
+    assert push(store, "r", "b").packs == 0
+
+
+def test_indexes_of_packs_that_are_gone_are_forgotten(store: Store, add: Add, folder: Path) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    found(store).delete_root("a")
+    for path in pack_files(folder):
+        path.unlink()
+    add("b", noise(8, 100_000))
+    push(store, "r", "b")
+    assert [path.name for path in cached(store)] == [path.name for path in pack_files(folder)]
+
+
+def test_an_index_longer_than_one_request_brings_is_read_whole(
+    store: Store, add: Add, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dedupstore.remote.remote._INDEX_BYTES_LIKELY", 100)
+    add("a", BASE)
+    store.clone("a", "b")
+    push(store, "r", "a")
+    for path in cached(store):
+        path.unlink()
+    assert push(store, "r", "b").packs == 0
+
+
+def test_a_remote_s_damage_is_refused_in_one_line(store: Store, add: Add, folder: Path) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    remote = found(store)
+    root = remote.root("a")
+    manifest = remote.manifest(root)
+    (pack,) = pack_files(folder)
+    whole = pack.read_bytes()
+    pack.write_bytes(flipped(whole, 8 * (len(whole) - 40)))
+    with pytest.raises(RemoteError, match="digest"):
+        remote.indexes(manifest.packs)
+    pack.write_bytes(flipped(whole, 800))
+    ((_, frame), *_) = layout.frames_of(manifest, remote.indexes(manifest.packs))
+    codecs = Codecs()
+    with pytest.raises(RemoteError):
+        remote.read(
+            manifest.packs[0].pack,
+            frame.offset,
+            frame.length,
+            lambda record: open_frame(frame, record, codecs),
+        )
+
+
+def test_a_mirror_serves_what_the_first_url_has_damaged(
+    store: Store, add: Add, folder: Path, tmp_path: Path
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    subprocess.run(["cp", "-a", folder, tmp_path / "mirror"], check=True)
+    for path in (*pack_files(folder), *(folder / "manifests").iterdir()):
+        path.write_bytes(flipped(path.read_bytes(), -9 % (8 * path.stat().st_size)))
+    mirrored = Remote(1, "r", [str(folder), str(tmp_path / "mirror")])
+    assert image_bytes(mirrored, "a") == BASE
+
+
+# --- many at a time, and processes that die ---
+
+
+def start_push(store: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The command, in a process group of its own."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("dedupstore"), "--store", store, "push", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def hosts(url: str, tmp_path: Path) -> list[Path]:
+    """Four stores, each with an image `same` of its own and an image of its own name, of contents
+    that they partly share."""
+    paths = []
+    for number in range(4):
+        path = tmp_path / f"host{number}"
+        with Store.create(path) as store:
+            add_remote(store.env, "r", [url])
+            data = content(number)
+            import_bytes(store, tmp_path, "same", data)
+            store.clone("same", f"own{number}")
+        paths.append(path)
+    return paths
+
+
+def content(number: int) -> bytes:
+    return noise(50, 3_000_000) + noise(60 + number, 1_000_000) + noise(51, 500_000)
+
+
+def test_of_pushers_of_one_name_one_wins_and_the_others_are_told(
+    hosts: list[Path], url: str
+) -> None:
+    pushes = [start_push(path, "r", "same") for path in hosts]
+    ends = [(process.communicate()[1].decode(), process.returncode) for process in pushes]
+    assert sorted(status for _, status in ends) == [0, 1, 1, 1], ends
+    for message, status in ends:
+        assert not status or ("same" in message and message.count("\n") == 1)
+    remote = Remote(1, "r", [url])
+    winner = [status for _, status in ends].index(0)
+    assert image_bytes(remote, "same") == content(winner)
+
+
+def test_pushers_of_different_names_all_win(hosts: list[Path], url: str) -> None:
+    pushes = [start_push(path, "r", f"own{i}") for i, path in enumerate(hosts)]
+    assert [(process.communicate()[1], process.returncode) for process in pushes] == [(b"", 0)] * 4
+    remote = Remote(1, "r", [url])
+    assert assert_whole(remote) == [f"own{i}" for i in range(4)]
+    for number in range(4):
+        assert image_bytes(remote, f"own{number}") == content(number)
+
+
+def test_pushes_deletions_and_gc_beside_each_other_leave_every_image_whole(
+    hosts: list[Path], url: str
+) -> None:
+    """The grace period is far longer than what a push takes from its last look to its end."""
+    remote = Remote(1, "r", [url])
+    over = threading.Event()
+    failures: list[BaseException] = []
+    deleted = 0
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            while not over.is_set():
+                work()
+        except BaseException as error:
+            failures.append(error)
+            over.set()
+
+    def collecting() -> None:
+        nonlocal deleted
+        deleted += collect(remote, 1).deleted
+        time.sleep(0.1)
+
+    def pushing(number: int) -> None:
+        process = start_push(hosts[number], "r", f"own{number}")
+        message = process.communicate()[1]
+        assert process.returncode == 0, message
+        remote.delete_root(f"own{number}")
+
+    works = (collecting, partial(pushing, 0), partial(pushing, 1))
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    over.wait(3)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert deleted
+    for number in range(4):
+        with Store(hosts[number]) as store:
+            push(store, "r", f"own{number}")
+    for _ in range(2):
+        time.sleep(1)
+        collect(remote, 1)
+    assert assert_whole(remote) == [f"own{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_push_killed_anywhere_leaves_no_torn_image_and_can_be_done_again(
+    hosts: list[Path], url: str, seed: int
+) -> None:
+    chance = random.Random(seed)
+    remote = Remote(1, "r", [url])
+    for _ in range(3):
+        process = start_push(hosts[0], "r", "own0")
+        time.sleep(chance.uniform(0.1, 0.8))
+        os.killpg(process.pid, 9)
+        process.communicate()
+        if assert_whole(remote):
+            assert image_bytes(remote, "own0") == content(0)
+            remote.delete_root("own0")
+    with Store(hosts[0]) as store:
+        push(store, "r", "own0")
+        assert image_bytes(remote, "own0") == content(0)
+        assert collect(remote, 3600).images == 1
