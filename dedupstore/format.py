@@ -87,6 +87,7 @@ _FRAME_KEY = struct.Struct(">Q")
 _DRAFT_KEY = struct.Struct(">16sI")
 FRAME_KEY_BYTES = _FRAME_KEY.size
 INDEX_BYTES = _INDEX.size
+IMAGE_BYTES = GUARD_BYTES + _IMAGE.size
 
 assert _SUPER.size == 48
 assert _TOTALS.size == 40

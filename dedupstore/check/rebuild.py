@@ -129,7 +129,9 @@ def _proven(key: bytes, value: bytes) -> _Record | None:
         "remote": fmt.decode_remote,
     }
     kind = fmt.meta_kind(key)
-    if kind in decoders:
+    # A lost record's decoder takes a longer one, too.
+    may_be_image = len(value) == fmt.IMAGE_BYTES and kind != "remote"
+    if kind in decoders and not may_be_image:
         with suppress(DedupError):
             decoders[kind](value, key)
             return "meta", key, value

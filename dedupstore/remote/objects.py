@@ -126,7 +126,7 @@ class Objects:
                 accept(data)
             return data
 
-        return self._ask(path, read)
+        return self._ask(self._mirrors, path, read)
 
     def read(self, path: str, bytes_max: int, accept: Accept | None = None) -> bytes:
         """An object of at most `bytes_max` bytes. Raises as `read_range`."""
@@ -137,17 +137,19 @@ class Objects:
                 accept(data)
             return data
 
-        return self._ask(path, read)
+        return self._ask(self._mirrors, path, read)
 
-    def _ask(self, path: str, read: Callable[[Directory | Bucket], _T]) -> _T:
-        """Ask the mirrors in turn, again and again while it may help."""
+    def _ask(
+        self, mirrors: list[_Mirror], path: str, read: Callable[[Directory | Bucket], _T]
+    ) -> _T:
+        """Ask mirrors in turn, again and again while it may help."""
         begun = time.monotonic()
         backoff = BACKOFF_SECONDS
         hopeless: dict[str, RemoteError] = {}
         wrong: set[str] = set()
         failed: RemoteError | None = None
         for _ in range(TRIES_MAX):
-            for mirror in self._in_order():
+            for mirror in _in_order(mirrors):
                 late = failed is not None and time.monotonic() - begun > TRY_SECONDS
                 if mirror.url in hopeless or late:
                     continue
@@ -164,7 +166,7 @@ class Objects:
                         hopeless[mirror.url] = failed
                     wrong.add(mirror.url)
                 mirror.failed_at = time.monotonic()
-            if len(hopeless) == len(self._mirrors) or time.monotonic() - begun > TRY_SECONDS:
+            if len(hopeless) == len(mirrors) or time.monotonic() - begun > TRY_SECONDS:
                 break
             time.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             backoff = min(2 * backoff, BACKOFF_SECONDS_MAX)
@@ -172,10 +174,6 @@ class Objects:
             # Of several, one that refuses says more than one that does not have it.
             failed = min(hopeless.values(), key=lambda e: isinstance(e, RemoteNotFoundError))
         raise failed
-
-    def _in_order(self) -> list[_Mirror]:
-        now = time.monotonic()
-        return sorted(self._mirrors, key=lambda mirror: now - mirror.failed_at < AVOID_SECONDS)
 
     def _backend(self, mirror: _Mirror) -> Directory | Bucket:
         if mirror.backend is None:
@@ -189,10 +187,9 @@ class Objects:
     def read_version(self, path: str, bytes_max: int) -> tuple[bytes, Version] | None:
         """An object of at most `bytes_max` bytes as it is now, and its version; None: there is
         none."""
-        only = Objects.__new__(Objects)
-        only._mirrors, only._opening = self._mirrors[:1], self._opening
+        first = self._mirrors[:1]
         try:
-            return only._ask(path, lambda backend: _whole(backend, path, bytes_max))
+            return self._ask(first, path, lambda backend: _whole(backend, path, bytes_max))
         except RemoteNotFoundError:
             return None
 
@@ -277,6 +274,11 @@ class Objects:
             return work(self._backend(mirror))
         except OSError as error:
             raise _failure(mirror, path, error) from None
+
+
+def _in_order(mirrors: list[_Mirror]) -> list[_Mirror]:
+    now = time.monotonic()
+    return sorted(mirrors, key=lambda mirror: now - mirror.failed_at < AVOID_SECONDS)
 
 
 def _open(url: str) -> Directory | Bucket:

@@ -31,7 +31,7 @@ from dedupstore.leases import Leases, image_byte
 from dedupstore.remote import layout
 from dedupstore.remote.indexcache import IndexCache
 from dedupstore.remote.remote import Remote, in_parallel, new_salt
-from dedupstore.remote.sending import Place, Sender, needed_frames
+from dedupstore.remote.sending import Place, Sender, needed_frames, same_chunks
 
 # How often packs may vanish under a push before it gives up: each time a gc with a grace period
 # shorter than the push must have run.
@@ -285,7 +285,7 @@ class Push:
             if first is None:
                 continue
             there = self._indexes[first.pack].frames[first.frame]
-            if there.header().slots == local.slots:
+            if same_chunks(there.header().slots, local.slots):
                 on_sent(frame, first.pack, there.offset, there.length)
 
     def nothing(self, name: str) -> Pushed:

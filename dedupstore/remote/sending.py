@@ -9,7 +9,7 @@ belongs to one thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -58,6 +58,14 @@ class Local:
     def needed(self) -> Iterator[fmt.Slot]:
         """The slots that the image reads."""
         return (self.slots[i] for i in sorted(self.read))
+
+
+def same_chunks(present: Sequence[fmt.Slot], slots: Sequence[fmt.Slot]) -> bool:
+    """Whether all of `present` are, and are the chunks that `slots` say, wherever those are."""
+    return len(present) == len(slots) and all(
+        one.state == fmt.SLOT_PRESENT and one.digest == other.digest and one.length == other.length
+        for one, other in zip(present, slots, strict=True)
+    )
 
 
 def needed_frames(
@@ -155,7 +163,8 @@ class Sender:
             view = memoryview(record)
             slots = task.slots
             if slots is None:
-                if fmt.decode_frame_header(view, task.frame).slots == task.local.slots:
+                header = fmt.decode_frame_header(view, task.frame)
+                if same_chunks(header.slots, task.local.slots):
                     fmt.seal_frame(record, layout.FRAME_SEED)
                     yield record
                     continue

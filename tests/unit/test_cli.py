@@ -29,14 +29,22 @@ from tests.conftest import blocks, flip_record, keys_of, noise
 ROOT = Path(__file__).resolve().parents[2]
 _CONTEXT = click.Context(cli)
 COMMANDS = [(name, cli.get_command(_CONTEXT, name)) for name in cli.list_commands(_CONTEXT)]
+# Commands of groups, too: "remote add".
+COMMANDS += [
+    (f"{name} {below}", command)
+    for name, group in COMMANDS
+    if isinstance(group, click.Group)
+    for below, command in group.commands.items()
+]
 EACH_COMMAND = pytest.mark.parametrize(
-    "command", [command for _, command in COMMANDS], ids=[name for name, _ in COMMANDS]
+    ("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS]
 )
 PROMISED = {
     *("init", "import", "clone", "rename", "rm", "ls", "info", "export", "diff", "gc", "check"),
-    *("stats", "serve", "mount", "umount", "attach", "detach"),
+    *("stats", "serve", "mount", "umount", "attach", "detach", "push", "remote"),
+    *("remote add", "remote ls", "remote rm", "remote images", "remote delete", "remote gc"),
 }
-READING = ("ls", "info", "diff", "check", "stats")
+READING = ("ls", "info", "diff", "check", "stats", "remote ls", "remote images")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -90,19 +98,21 @@ def test_every_promised_command_exists() -> None:
 
 
 @EACH_COMMAND
-def test_every_command_has_help(command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(
+    name: str, command: click.Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{command.name} {parameter.opts}"
-    assert _run([str(command.name), "--help"]) == 0
+    assert _run([*name.split(), "--help"]) == 0
     assert "Usage: dedupstore" in capsys.readouterr().out
 
 
 @EACH_COMMAND
-def test_readme_mentions_every_command_and_option(command: click.Command) -> None:
+def test_readme_mentions_every_command_and_option(name: str, command: click.Command) -> None:
     readme = (ROOT / "README.md").read_text()
-    assert f"`{command.name}" in readme or f"dedupstore {command.name}" in readme
+    assert f"`{name}" in readme or f"dedupstore {name}" in readme
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             missing = [option for option in parameter.opts if option not in readme]
@@ -284,6 +294,70 @@ def test_check_repair_mends_and_succeeds(run: Run, path: Path) -> None:
     assert run("check")[0] == 0
 
 
+# --- remotes ---
+
+
+@pytest.fixture
+def run_remote(run: Run, tmp_path: Path) -> Run:
+    """As `run`, on a store that knows a remote `r` in a directory."""
+    status, out, err = run("remote", "add", "r", str(tmp_path / "remote"))
+    assert (status, err) == (0, "")
+    assert str(tmp_path / "remote") in out
+    return run
+
+
+def test_push_sends_images_and_says_what_was_new(run_remote: Run) -> None:
+    status, out, err = run_remote("push", "r", "a", "b")
+    assert (status, err) == (0, "")
+    assert [line.split(":")[0] for line in out.splitlines()] == ["pushed a", "pushed b"]
+    assert run_remote("push", "r", "a") == (0, "a: is there already\n", "")
+    run_remote("clone", "a", "c")
+    (pushed,) = document(run_remote("push", "r", "c", "c", "--json"))["images"]
+    assert (pushed["name"], pushed["new_bytes"], pushed["size"]) == ("c", 0, 100_000)
+    assert pushed["sent_bytes"] > 0
+
+
+def test_push_replaces_only_on_request(run_remote: Run) -> None:
+    run_remote("push", "r", "a")
+    run_remote("rm", "a")
+    run_remote("clone", "b", "a")
+    assert "--replace" in assert_one_line(run_remote("push", "r", "a"))
+    assert run_remote("push", "r", "a", "--replace")[0] == 0
+
+
+def test_remotes_and_what_is_in_them_are_listed(run_remote: Run, tmp_path: Path) -> None:
+    run_remote("push", "r", "b")
+    (known,) = document(run_remote("remote", "ls", "--json"))["remotes"]
+    assert (known["name"], known["urls"]) == ("r", [str(tmp_path / "remote")])
+    assert run_remote("remote", "ls")[1].split() == ["NAME", "URL", "r", known["urls"][0]]
+    (image,) = document(run_remote("remote", "images", "r", "--json"))["images"]
+    assert image["digest"] == document(run_remote("info", "b", "--json"))["digest"]
+    assert (image["name"], image["size"]) == ("b", CDC_BYTES_MIN + 8192)
+    assert run_remote("remote", "images", "r")[1].splitlines()[1].split()[0] == "b"
+
+
+def test_deleted_images_are_collected(run_remote: Run) -> None:
+    run_remote("push", "r", "a", "b")
+    assert run_remote("remote", "delete", "r", "a") == (0, "", "")
+    assert "'a'" in assert_one_line(run_remote("remote", "delete", "r", "a"))
+    gc = ("remote", "gc", "r", "--json")
+    assert document(run_remote(*gc))["young"] == 2
+    assert document(run_remote(*gc, "--grace", "0s", "--force", "--dry-run"))["condemned"] == 2
+    assert document(run_remote(*gc, "--grace", "0s", "--force"))["condemned"] == 2
+    assert document(run_remote(*gc, "--grace", "0s", "--force"))["deleted"] == 2
+    assert "deleted 0 B" in run_remote("remote", "gc", "r")[1]
+    assert "--force" in assert_one_line(run_remote("remote", "gc", "r", "--grace", "9m"), 2)
+    assert run_remote("remote", "gc", "r", "--grace", "day")[0] == 2
+
+
+def test_a_remote_is_forgotten(run_remote: Run, tmp_path: Path) -> None:
+    assert run_remote("remote", "rm", "r") == (0, "", "")
+    assert run_remote("remote", "ls") == (0, "", "")
+    assert (tmp_path / "remote" / "dedupstore.json").exists()
+    for arguments in (("remote", "rm", "r"), ("push", "r", "a"), ("remote", "images", "r")):
+        assert "no remote named 'r'" in assert_one_line(run_remote(*arguments))
+
+
 # --- failures ---
 
 
@@ -303,6 +377,9 @@ def test_check_repair_mends_and_succeeds(run: Run, path: Path) -> None:
         (("import", "/" + "x" * 300, "n"), "too long"),
         (("import", "/dev/null", "n"), "/dev/null"),
         (("init",), "already"),
+        (("push", "nowhere", "a"), "'nowhere'"),
+        (("push", "nowhere", "nothing"), "'nothing'"),
+        (("remote", "add", "r", "/dev/null/x"), "/dev/null/x"),
     ],
     ids=lambda part: " ".join(part)[:40] if isinstance(part, tuple) else "",
 )

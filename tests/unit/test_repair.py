@@ -21,6 +21,7 @@ from dedupstore.errors import ChunkDamagedError, SourceError, StoreAccessError, 
 from dedupstore.export import export_image
 from dedupstore.frames import TOTALS_KEY
 from dedupstore.pages import verify_pages
+from dedupstore.remote.configuration import add_remote
 from dedupstore.store import Store
 from tests.conftest import (
     flip_record,
@@ -99,6 +100,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             key = fmt.lost_key(fmt.make_ref(1 << 20, 0))
             record = fmt.encode_lost(fmt.LostChunk(b"x" * 32, 4096), key)
             txn.put(key, record, db=store.env.meta)
+        add_remote(store.env, "r", [str(directory / "remote")])
     assert check_store(directory / "store").findings == ()
     with Store.create(directory / "second") as second:
         # In another order, and with more before them: nothing lies where the first store has it.

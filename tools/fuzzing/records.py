@@ -28,6 +28,7 @@ _FRAME = 7
 _FILE = fmt.FileState(1, 2, 3, 4, 5)
 _VIEW_KEY = fmt.view_key(_DIGEST, fmt.VIEW_POOL)
 _ORIGIN_KEY = fmt.origin_key(_FILE)
+_REMOTE_KEY = fmt.remote_key("hub")
 _decompressor = zstandard.ZstdDecompressor()
 
 
@@ -76,6 +77,11 @@ def _origin(record: bytes) -> None:
     assert again == origin
 
 
+def _remote(record: bytes) -> None:
+    remote = fmt.decode_remote(record, _REMOTE_KEY)
+    assert fmt.decode_remote(fmt.encode_remote(remote, _REMOTE_KEY), _REMOTE_KEY) == remote
+
+
 def _draft(record: bytes) -> None:
     assert fmt.encode_draft(fmt.decode_draft(record)) == record
 
@@ -83,6 +89,8 @@ def _draft(record: bytes) -> None:
 def _keys(record: bytes) -> None:
     fmt.decode_view_key(record)
     fmt.draft_session(record)
+    name = fmt.decode_remote_key(record)
+    assert name is None or fmt.remote_key(name) == record
     if fmt.is_origin_key(record):
         with suppress(DedupError):
             fmt.decode_origin(b"", record)
@@ -103,6 +111,7 @@ _DECODERS: tuple[tuple[str, Callable[[bytes], None], Callable[[bytes], bytes]], 
     ("origin", _origin, lambda b: _guard(b, xxh3_64_intdigest(_ORIGIN_KEY))),
     ("draft", _draft, _guard),
     ("keys", _keys, _PLAIN),
+    ("remote", _remote, lambda b: _guard(b, xxh3_64_intdigest(_REMOTE_KEY))),
 )  # fmt: skip
 _AS_IT_IS = 0x80
 
@@ -132,6 +141,9 @@ def seeds() -> Mapping[str, bytes]:
         "origin": fmt.encode_origin(fmt.OriginRecord(_FILE, _DIGEST, fmt.KIND_RAW)),
         "draft": fmt.encode_draft([1, 2, 1 << 60]),
         "keys": _ORIGIN_KEY,
+        "remote": fmt.encode_remote(
+            fmt.RemoteRecord(5, bytes(range(16)), ("s3://bucket/é", "/mirror")), _REMOTE_KEY
+        ),
     }
     found = {}
     for number, (name, _, _) in enumerate(_DECODERS):
