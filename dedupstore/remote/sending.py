@@ -72,7 +72,8 @@ def needed_frames(
     txn: lmdb.Transaction, env: Environment, manifest: fmt.ManifestRecord
 ) -> dict[int, Local]:
     """The frames that an image needs, by number, in the order in which it first does. Raises
-    ChunkDamagedError: one is missing, or has not got what the image reads there."""
+    ChunkDamagedError: one is missing. Whether the chunks' bytes are here matters only if they have
+    to be sent."""
     read: dict[int, set[int]] = {}
     for ref, count in zip(manifest.refs, manifest.counts, strict=True):
         if ref != fmt.REF_HOLE:
@@ -86,9 +87,8 @@ def _local(txn: lmdb.Transaction, env: Environment, frame: int, read: set[int]) 
     if head is None:
         raise ChunkDamagedError(frame, "is missing from the store")
     slots = fmt.decode_frame_header(head[0], frame).slots
-    for i in sorted(read):
-        if i >= len(slots) or slots[i].state in (fmt.SLOT_ABSENT, fmt.SLOT_DROPPED):
-            raise ChunkDamagedError(frame, "its bytes are not in the store", i)
+    if max(read) >= len(slots):
+        raise ChunkDamagedError(frame, "has not got this chunk", max(read))
     return Local(slots, frozenset(read))
 
 

@@ -187,6 +187,37 @@ def test_a_frame_that_cannot_be_loaded_ends_the_push_and_leaves_no_image(
     assert image_bytes(remote, "base") == BASE
 
 
+@pytest.mark.damaged
+def test_chunks_that_are_lost_here_are_only_needed_if_the_remote_lacks_them(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("base", BASE)
+    store.clone("base", "clone")
+    lose_first_frame(store)
+    with pytest.raises(ChunkDamagedError, match="not in the store"):
+        push(store, "r", "base")
+    assert remote.roots() == []
+    add("again", BASE)
+    push(store, "r", "again")
+    push(store, "r", "clone")
+    assert image_bytes(remote, "clone") == BASE
+
+
+def lose_first_frame(store: Store) -> None:
+    """What a repair leaves of a damaged frame: its slots, absent, and lost records."""
+    key = keys_of(store, "frames")[0]
+    frame = fmt.decode_frame_key(key)
+    with store.env.write() as txn:
+        header = fmt.decode_frame_header(txn.get(key, db=store.env.frames), frame)
+        absent = bytearray(16)
+        absent[10:12] = len(header.slots).to_bytes(2, "little")
+        for slot in header.slots:
+            absent += slot.digest + (slot.length | fmt.SLOT_ABSENT << 30).to_bytes(4, "little")
+            txn.delete(slot.digest, db=store.env.chunks)
+        fmt.seal_frame(absent, frame)
+        txn.put(key, bytes(absent), db=store.env.frames)
+
+
 def test_the_image_stays_here_while_it_is_pushed(store: Store, add: Add, remote: Remote) -> None:
     add("base", BASE)
 
@@ -240,6 +271,30 @@ def test_a_name_that_another_took_meanwhile_is_not_overwritten(
     assert image_bytes(remote, "a") == noise(9, 50_000)
 
 
+def test_a_name_that_changed_since_it_was_looked_at_is_not_replaced(
+    store: Store, add: Add, remote: Remote, url: str, tmp_path: Path
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    store.rename("a", "old")
+    add("a", DERIVED)
+    with Store.create(tmp_path / "other") as other:
+        add_remote(other.env, "r", [url])
+        import_bytes(other, tmp_path, "a", noise(9, 50_000))
+        first = threading.Lock()
+
+        def load(frame: int) -> bytes:
+            if first.acquire(blocking=False):
+                push(other, "r", "a", replace=True)
+            return stored_record(store.env, frame)
+
+        with pytest.raises(RemoteConflictError, match="somebody else"):
+            push(store, "r", "a", load=load, replace=True)
+    assert image_bytes(remote, "a") == noise(9, 50_000)
+    push(store, "r", "a", replace=True)
+    assert image_bytes(remote, "a") == DERIVED
+
+
 def test_a_deleted_image_is_gone_and_can_be_pushed_again(
     store: Store, add: Add, remote: Remote
 ) -> None:
@@ -276,6 +331,8 @@ def test_gc_condemns_first_and_deletes_a_grace_period_later(
     assert (condemned.condemned, condemned.deleted, condemned.images) == (2, 0, 1)
     assert 400_000 < condemned.condemned_bytes < 420_000
     wait_for_the_remote_s_clock()
+    waiting = collect(remote, 3600)
+    assert (waiting.condemned, waiting.deleted, waiting.young) == (0, 0, 0)
     deleted = collect(remote)
     assert (deleted.condemned, deleted.deleted) == (0, 2)
     assert deleted.deleted_bytes == condemned.condemned_bytes
@@ -598,7 +655,7 @@ def test_pushes_deletions_and_gc_beside_each_other_leave_every_image_whole(
     assert assert_whole(remote) == [f"own{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_push_killed_anywhere_leaves_no_torn_image_and_can_be_done_again(
     hosts: list[Path], url: str, seed: int
 ) -> None:
