@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -130,7 +130,7 @@ class Bucket:
 
     def delete(self, path: str) -> None:
         """Delete an object, if it is there."""
-        with _translated():
+        with suppress(FileNotFoundError), _translated():  # S3 does not mind, others do
             obstore.delete(self._working, path)
 
     def delete_version(self, path: str, version: Any) -> None:
