@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from dedupstore.chunker import Segment, segments_of_extents
 from dedupstore.erofs.writer import ContentDigest, ImagePlan, PlacedFile
@@ -67,7 +68,7 @@ class BuiltSource:
         self._metadata = plan.metadata(self._digests)
         start = plan.metadata_at
         for segment in segments_of_extents(self.size - start, ()):
-            yield Segment(start + segment.offset, segment.length, segment.cuts)
+            yield replace(segment, offset=start + segment.offset)
 
     def _extents(self) -> Iterator[tuple[int, int]]:
         for placed in self._plan.files:

@@ -34,12 +34,14 @@ _ZERO_BLOCK_HASH = xxh3_64_intdigest(_ZEROS[:GRID_BYTES])
 class Segment:
     """`length` bytes of the image from `offset` on.
 
-    `cuts` are the lengths of its chunks; empty when they are to be found by content.
+    `cuts` are the lengths of its chunks; empty when they are to be found by content. `metadata` has
+    the numbers of those that are no file's contents.
     """
 
     offset: int
     length: int
     cuts: tuple[int, ...] = ()
+    metadata: frozenset[int] = frozenset()
 
 
 def is_zero(data: bytes | memoryview) -> bool:
@@ -61,10 +63,11 @@ def segments_of_extents(
     that lie outside are left out, however many they are, and the others are the same.
     """
     cuts: list[int] = []
+    metadata: list[int] = []
     begin = position = 0
     regions = iter(((0, size),) if data is None else data)
     start = end = 0  # of the region that is at `position`, or comes next
-    for edge in _edges(size, extents):
+    for edge, is_metadata in _edges(size, extents):
         while position < edge:
             while end <= position:
                 start, end = next(regions, (size, size))
@@ -73,25 +76,28 @@ def segments_of_extents(
                 hole = max(start - position, 0) // CHUNK_BYTES_MAX * CHUNK_BYTES_MAX
             if hole:
                 if cuts:
-                    yield Segment(begin, position - begin, tuple(cuts))
-                cuts, begin = [], position + hole
+                    yield Segment(begin, position - begin, tuple(cuts), frozenset(metadata))
+                cuts, metadata, begin = [], [], position + hole
                 position = begin
                 continue
             length = min(CHUNK_BYTES_MAX, edge - position)
+            if is_metadata:
+                metadata.append(len(cuts))
             cuts.append(length)
             position += length
             if position - begin >= EXTENT_SEGMENT_BYTES:
-                yield Segment(begin, position - begin, tuple(cuts))
-                cuts, begin = [], position
+                yield Segment(begin, position - begin, tuple(cuts), frozenset(metadata))
+                cuts, metadata, begin = [], [], position
     if cuts:
-        yield Segment(begin, position - begin, tuple(cuts))
+        yield Segment(begin, position - begin, tuple(cuts), frozenset(metadata))
 
 
-def _edges(size: int, extents: Iterable[tuple[int, int]]) -> Iterator[int]:
+def _edges(size: int, extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bool]]:
+    """Where cuts must be, and whether what lies before is metadata."""
     for start, end in extents:
-        yield start
-        yield end
-    yield size
+        yield start, True
+        yield end, False
+    yield size, True
 
 
 def segments_of_data(regions: Iterable[tuple[int, int]]) -> Iterator[Segment]:

@@ -38,6 +38,8 @@ from dedupstore.staging import Publish, Reused, Staging, provisional_ref
 # Segments that may be hashed ahead of the calling thread, and frames that may wait for compression.
 _SEGMENTS_AHEAD = 16
 _FRAMES_AHEAD = 32
+# Bytes of compressed metadata that are held back: those of images up to some GB.
+_WAITING_BYTES_MAX = 16 << 20
 
 
 @dataclass(slots=True)
@@ -49,6 +51,15 @@ class _Hashed:
     digest: bytes
     ref: int = 0
     data: fmt.Buffer = b""
+    is_metadata: bool = False
+
+
+@dataclass(slots=True)
+class _OpenFrame:
+    """A frame being collected, and its provisional number."""
+
+    builder: FrameBuilder
+    number: int = 0
 
 
 def plan(source: FileSource) -> tuple[int, Iterable[Segment]]:
@@ -82,9 +93,16 @@ class Ingest:
         self._digest = fmt.ImageDigest()
         self._known: dict[bytes, int] = {}
         self._unique_bytes = self._zero_bytes = 0
-        self._builder = FrameBuilder(FRAME_SLOTS_MAX)
-        self._builder_frame = 0
-        self._encoding: deque[tuple[int, Future[NewFrame]]] = deque()
+        # Metadata lies in frames of its own: looking at many files takes few of them then. In
+        # images of mkfs.erofs it lies between the contents.
+        self._contents = _OpenFrame(FrameBuilder(FRAME_SLOTS_MAX))
+        self._metadata = _OpenFrame(FrameBuilder(FRAME_SLOTS_MAX))
+        self._frames_begun = 0
+        # Metadata's frames wait for the end, and so lie one behind the other: in the store's file,
+        # and in packs.
+        self._waiting: list[tuple[int, NewFrame]] = []
+        self._waiting_bytes = 0
+        self._encoding: deque[tuple[_OpenFrame, int, Future[NewFrame]]] = deque()
         self._staging = Staging(env, source, self._codecs, self._session)
         self._new_chunks = self._new_bytes = 0
 
@@ -143,7 +161,7 @@ class Ingest:
         known = self._known
         chunks: list[_Hashed] = []
         with self._env.read() as txn:
-            for length, piece in cut(segment, data):
+            for number, (length, piece) in enumerate(cut(segment, data)):
                 if piece is None:
                     chunks.append(_Hashed(length, fmt.ZERO_DIGEST))
                     continue
@@ -153,7 +171,8 @@ class Ingest:
                 elif ref := find_chunk(txn, self._env, digest):
                     chunks.append(_Hashed(length, digest, ref))
                 else:
-                    chunks.append(_Hashed(length, digest, 0, piece))
+                    is_metadata = number in segment.metadata
+                    chunks.append(_Hashed(length, digest, 0, piece, is_metadata))
         return chunks
 
     # --- the calling thread: image order ---
@@ -190,30 +209,48 @@ class Ingest:
         self._position += chunk.length
 
     def _add_new(self, pool: ThreadPoolExecutor, chunk: _Hashed) -> int:
-        if not self._builder.fits(chunk.length):
-            self._submit_frame(pool)
-        slot = self._builder.add(chunk.digest, chunk.data)
+        frame = self._metadata if chunk.is_metadata else self._contents
+        if not frame.builder.fits(chunk.length):
+            self._submit_frame(pool, frame)
+        if not frame.builder:
+            frame.number = self._frames_begun
+            self._frames_begun += 1
+        slot = frame.builder.add(chunk.digest, chunk.data)
         self._new_chunks += 1
         self._new_bytes += chunk.length
-        return provisional_ref(self._builder_frame, slot)
+        return provisional_ref(frame.number, slot)
 
-    def _submit_frame(self, pool: ThreadPoolExecutor) -> None:
-        slots, parts = self._builder.take()
+    def _submit_frame(self, pool: ThreadPoolExecutor, frame: _OpenFrame) -> None:
+        slots, parts = frame.builder.take()
         future = pool.submit(encode_new, self._codecs, slots, parts)
-        self._encoding.append((self._builder_frame, future))
-        self._builder_frame += 1
+        self._encoding.append((frame, frame.number, future))
         while self._encoding and (
-            len(self._encoding) > _FRAMES_AHEAD or self._encoding[0][1].done()
+            len(self._encoding) > _FRAMES_AHEAD or self._encoding[0][2].done()
         ):
-            frame, future = self._encoding.popleft()
-            self._staging.add(frame, future.result())
+            self._stage(*self._encoding.popleft())
+
+    def _stage(self, frame: _OpenFrame, number: int, encoding: Future[NewFrame]) -> None:
+        encoded = encoding.result()
+        if frame is self._contents:
+            self._staging.add(number, encoded)
+            return
+        self._waiting.append((number, encoded))
+        self._waiting_bytes += len(encoded.record)
+        if self._waiting_bytes > _WAITING_BYTES_MAX:
+            self._stage_waiting()
+
+    def _stage_waiting(self) -> None:
+        for number, encoded in self._waiting:
+            self._staging.add(number, encoded)
+        self._waiting, self._waiting_bytes = [], 0
 
     def _finish_frames(self, pool: ThreadPoolExecutor) -> None:
-        if self._builder:
-            self._submit_frame(pool)
+        for frame in (self._metadata, self._contents):
+            if frame.builder:
+                self._submit_frame(pool, frame)
         while self._encoding:
-            frame, future = self._encoding.popleft()
-            self._staging.add(frame, future.result())
+            self._stage(*self._encoding.popleft())
+        self._stage_waiting()
 
     def _commit(self, publish: Publish) -> Imported:
         digest = self._digest.finish()

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from dedupstore import chunker, ingest, staging
 from dedupstore.constants import SEGMENT_BYTES
-from dedupstore.erofs import is_erofs
+from dedupstore.erofs import file_extents, is_erofs
 from dedupstore.errors import ImageExistsError, SourceError, UsageError
 from dedupstore.imported import Imported
 from dedupstore.store import Store
@@ -529,3 +529,43 @@ def test_names_that_shells_and_globs_misread_are_refused(
 ) -> None:
     with pytest.raises(UsageError):
         store.import_stream(io.BytesIO(b"x"), name, silent)
+
+
+# --- metadata ---
+
+
+def test_metadata_and_contents_share_no_frame_and_metadata_s_lie_together(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Frames of few chunks: many of each kind, in an image that is quickly made.
+    monkeypatch.setattr(ingest, "FRAME_SLOTS_MAX", 4)
+    tree = tmp_path / "tree"
+    for number in range(120):
+        path = tree / f"directory-{number % 7}" / f"file-{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(noise(number, 1 + number * 997 % 40_000))
+    image = tmp_path / "image.erofs"
+    # Its inodes lie between the contents, as mkfs.erofs puts them.
+    mkfs, *_ = erofs_programs("mkfs.erofs")
+    subprocess.run([mkfs, "--quiet", "-x-1", image, tree], check=True, capture_output=True)
+    data = image.read_bytes()
+    extents = file_extents(lambda at, length: data[at : at + length], len(data))
+    is_content = bytearray(len(data))
+    for start, end in extents:
+        is_content[start:end] = b"\1" * (end - start)
+    store.import_path(image, "image", silent)
+    manifest = store.open_manifest("image")
+    frames: dict[bool, list[int]] = {True: [], False: []}
+    for start, length, ref in manifest.runs(0, len(data)):
+        kinds = set(is_content[start : start + length])
+        if ref:
+            assert len(kinds) == 1
+            frames[kinds == {1}].append(ref >> 16)
+    store.close_manifest(manifest)
+    contents, metadata = set(frames[True]), set(frames[False])
+    assert not contents & metadata
+    assert len(metadata) >= 3
+    assert len(contents) > 10
+    assert sorted(metadata) == list(range(min(metadata), max(metadata) + 1))
+    assert min(metadata) > max(contents)
+    assert read_image(store, "image") == data
