@@ -161,11 +161,11 @@ def read_derived(
 
 
 def note_feature(txn: lmdb.Transaction, env: Environment, compatible: int) -> None:
-    """Say in the superblock that the store has what a compatible feature flag stands for."""
+    """Say in the superblock that the store has what feature flags stand for."""
     superblock = fmt.decode_superblock(txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b"")
-    if not superblock.features_compat & compatible:
-        superblock = replace(superblock, features_compat=superblock.features_compat | compatible)
-        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(superblock), db=env.meta)
+    noted = replace(superblock, features_compat=superblock.features_compat | compatible)
+    if noted != superblock:
+        txn.put(fmt.SUPERBLOCK_KEY, fmt.encode_superblock(noted), db=env.meta)
 
 
 # --- views ---

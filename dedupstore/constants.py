@@ -72,3 +72,7 @@ GC_DELETE_FRAMES = 4096
 # Runs of free pages that compaction gives back in one hold of the write lock: other writers wait
 # for tens of milliseconds.
 COMPACT_RUNS = 1024
+
+# Chunks of a trace: what is used beyond that is not noted. 64 GB of full chunks; a recording takes
+# some 100 bytes of the server's memory for each.
+TRACE_CHUNKS_MAX = 1 << 19

@@ -17,10 +17,12 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 
+from dedupstore import format as fmt
 from dedupstore.constants import LMDB_READERS_MAX, MAP_BYTES, MAP_RESERVE_BYTES
 from dedupstore.errors import (
     DedupError,
@@ -37,6 +39,8 @@ from dedupstore.pages import verify_header, verify_trees
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 DATABASES = ("meta", "frames", "chunks", "manifests", "images", "drafts")
+# Made with the first remote: a store without one does without them.
+REMOTE_DATABASES = ("places", "distant")
 
 _DAMAGE = (
     lmdb.CorruptedError,
@@ -49,7 +53,7 @@ _DAMAGE = (
     lmdb.BadDbiError,
 )
 # Databases whose trees grow with the store's contents: walking both is for gc and check.
-LARGE = frozenset({"frames", "chunks"})
+LARGE = frozenset({"frames", "chunks", "places", "distant"})
 # What LMDB makes of its lock file for LMDB_READERS_MAX readers: 64 bytes for each and a header.
 _LOCK_FILE_BYTES = 64 * (LMDB_READERS_MAX + 2)
 # Less room than this on its file system, about a batch of an import, and a failed write is put down
@@ -114,6 +118,14 @@ def _reserve_lock_file(path: Path) -> None:
         os.close(file)
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteDatabases:
+    """Handles of databases `places` and `distant`."""
+
+    places: lmdb._Database
+    distant: lmdb._Database
+
+
 class Environment:
     """An open LMDB environment with the store's databases as attributes.
 
@@ -159,7 +171,7 @@ class Environment:
                 self._lmdb = lmdb.open(
                     os.fspath(directory),
                     map_size=self._map_bytes,
-                    max_dbs=len(DATABASES),
+                    max_dbs=len(DATABASES) + len(REMOTE_DATABASES),
                     max_readers=LMDB_READERS_MAX,
                     mode=0o600,
                     create=create,
@@ -174,6 +186,7 @@ class Environment:
                 if not read_only:
                     self._lmdb.reader_check()
                 handles = [self._lmdb.open_db(name.encode(), create=create) for name in DATABASES]
+                self._remote = self._open_remote()
                 self.page_bytes = int(self._lmdb.stat()["psize"])
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except lmdb.NotFoundError:
@@ -183,6 +196,48 @@ class Environment:
                 self._lmdb.close()
                 raise
         self.meta, self.frames, self.chunks, self.manifests, self.images, self.drafts = handles
+
+    def _open_remote(self) -> RemoteDatabases | None:
+        """The databases of images that are elsewhere, if the store has them."""
+        try:
+            handles = [self._lmdb.open_db(name.encode(), create=False) for name in REMOTE_DATABASES]
+        except lmdb.NotFoundError:
+            return None
+        return RemoteDatabases(*handles)
+
+    @property
+    def remote(self) -> RemoteDatabases | None:
+        """The databases of images that are elsewhere; None: the store had none when it was opened
+        and nobody here has asked for them since, so no frame seen so far is elsewhere."""
+        return self._remote
+
+    def ensure_remote(self, txn: lmdb.Transaction) -> RemoteDatabases:
+        """The same for a write transaction, which must end before others use them. What makes them
+        says so in the superblock: a release that does not know them must not open the store."""
+        if self._remote is not None:
+            return self._remote
+        handles = [self._lmdb.open_db(name.encode(), txn=txn) for name in REMOTE_DATABASES]
+        superblock = txn.get(fmt.SUPERBLOCK_KEY, db=self.meta)
+        if superblock is not None:  # a new file that is being filled gets its own last
+            noted = fmt.with_incompatible(superblock, fmt.FEATURE_INCOMPAT_REMOTE)
+            if noted != superblock:
+                txn.put(fmt.SUPERBLOCK_KEY, noted, db=self.meta)
+        return RemoteDatabases(*handles)
+
+    def find_remote(self, txn: lmdb.Transaction) -> RemoteDatabases | None:
+        """The same, but nothing is made: None, if the store has none by now."""
+        if self._remote is None and txn.get(REMOTE_DATABASES[0].encode()) is None:
+            return None
+        return self.ensure_remote(txn)
+
+    def open_remote(self) -> RemoteDatabases:
+        """The databases of images that are elsewhere, made if the store has none: in a transaction
+        of its own. Raises what `write` raises."""
+        if self._remote is None:
+            with self.write() as txn:
+                made = self.ensure_remote(txn)
+            self._remote = made
+        return self._remote
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

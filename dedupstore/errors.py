@@ -140,6 +140,20 @@ class TargetError(DedupError):
     """What is to be written outside the store (an exported file, a socket) cannot be written."""
 
 
+class TraceError(DedupError):
+    """A file is no trace that this release can use; `reason` says why."""
+
+    errno = errno.EINVAL
+
+    def __init__(self, reason: str, where: str = "trace") -> None:
+        super().__init__(f"{where}: not a trace: {reason}")
+        self.reason = reason
+
+
+class RecordingError(DedupError):
+    """The server that serves an image cannot be found, or does not record its reads."""
+
+
 class ErofsError(DedupError):
     """An image's EROFS metadata is malformed or of an unknown kind.
 

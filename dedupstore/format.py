@@ -15,7 +15,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from operator import sub
 
@@ -33,7 +33,10 @@ FORMAT_VERSION = 1
 
 # Feature flags, after composefs and ext4: a release refuses a store with an incompatible flag it
 # does not know, only reads one with a read-only-compatible flag, and ignores compatible flags.
-FEATURES_INCOMPAT_KNOWN = 0
+# Set with the first frame whose bytes are in a remote. Incompatible: a release that does not know
+# such frames takes them for damage.
+FEATURE_INCOMPAT_REMOTE = 1
+FEATURES_INCOMPAT_KNOWN = FEATURE_INCOMPAT_REMOTE
 FEATURES_READONLY_COMPAT_KNOWN = 0
 # Set with the first view record. Compatible: a release without views reclaims them like any image
 # that lost its name, and leaves records that lead nowhere, which count as none.
@@ -55,10 +58,13 @@ ZERO_DIGEST = bytes(DIGEST_BYTES)
 
 CODEC_RAW = 0
 CODEC_ZSTD = 1
+# No payload: the bytes are in a remote, and every slot is SLOT_DISTANT or SLOT_DROPPED.
+CODEC_DISTANT = 2
 
 SLOT_PRESENT = 0
 SLOT_ABSENT = 1
 SLOT_DROPPED = 2
+SLOT_DISTANT = 3
 NOT_HERE = 1 << 60
 _SLOT_STATE_SHIFT = 30
 _SLOT_LENGTH_MASK = (1 << _SLOT_STATE_SHIFT) - 1
@@ -78,6 +84,7 @@ _IMAGE = struct.Struct("<32sQQB")
 _VIEW = struct.Struct("<32sQII")
 _ORIGIN_KEY = struct.Struct("<6sQQ")
 _ORIGIN = struct.Struct("<QqqB32s")
+_WISH = struct.Struct("<BBHI")
 _LOST_KEY = struct.Struct(">4sQ")
 _LOST = struct.Struct("<32sI")
 _REMOTE = struct.Struct("<I16sH")
@@ -98,6 +105,7 @@ assert _IMAGE.size == 49
 assert _VIEW.size == 48
 assert _ORIGIN_KEY.size == 22
 assert _ORIGIN.size == 57
+assert _WISH.size == 8
 assert _LOST_KEY.size == 12
 assert _LOST.size == 36
 assert _REMOTE.size == 22
@@ -177,6 +185,12 @@ def decode_superblock(record: Buffer) -> Superblock:
     return Superblock(uuid, created, version, compat, readonly_compat, incompat)  # type: ignore[arg-type]
 
 
+def with_incompatible(record: Buffer, features: int) -> bytes:
+    """A superblock with incompatible feature flags set. Raises StoreDamagedError."""
+    sb = decode_superblock(record)
+    return encode_superblock(replace(sb, features_incompat=sb.features_incompat | features))
+
+
 def guess_superblock(record: Buffer) -> Superblock | None:
     """The superblock of a record whose guard fails, if magic, version and flags are such that this
     release wrote it; identity and creation are then as they are found."""
@@ -186,9 +200,10 @@ def guess_superblock(record: Buffer) -> Superblock | None:
         record, GUARD_BYTES
     )
     known = magic == SUPER_MAGIC and version == FORMAT_VERSION
-    if not known or readonly_compat or incompat or compat & ~FEATURES_COMPAT_KNOWN:
+    unknown = incompat & ~FEATURES_INCOMPAT_KNOWN or compat & ~FEATURES_COMPAT_KNOWN
+    if not known or readonly_compat or unknown:
         return None
-    return Superblock(uuid, created, version, compat)
+    return Superblock(uuid, created, version, compat, 0, incompat)
 
 
 def guess_image(record: Buffer) -> ImageRecord | None:
@@ -300,6 +315,11 @@ class Slot:
 DROPPED = Slot(ZERO_DIGEST, 0, SLOT_DROPPED)
 
 
+def present(slot: Slot) -> Slot:
+    """A slot once its bytes are here; one that was dropped stays so."""
+    return slot if slot.state == SLOT_DROPPED else Slot(slot.digest, slot.length)
+
+
 def encode_frame(
     slots: Sequence[Slot], raw: bytes, compressor: zstandard.ZstdCompressor, gain_min: int
 ) -> bytearray:
@@ -318,6 +338,21 @@ def encode_frame(
         record += _SLOT.pack(slot.digest, slot.length | slot.state << _SLOT_STATE_SHIFT)
     record += payload
     return record
+
+
+def encode_distant_frame(slots: Sequence[Slot]) -> bytearray:
+    """The record of a frame whose bytes are in a remote, its guard still zero. Slots that are not
+    dropped become distant."""
+    record = bytearray(_FRAME.pack(0, CODEC_DISTANT, 0, len(slots), 0))
+    for slot in slots:
+        state = SLOT_DROPPED if slot.state == SLOT_DROPPED else SLOT_DISTANT
+        record += _SLOT.pack(slot.digest, slot.length | state << _SLOT_STATE_SHIFT)
+    return record
+
+
+def is_distant(record: Buffer) -> bool:
+    """Whether a frame's record says that its bytes are in a remote."""
+    return len(record) >= _FRAME.size and record[_GUARD.size] == CODEC_DISTANT
 
 
 def seal_frame(record: bytearray, frame: int) -> None:
@@ -342,7 +377,7 @@ def decode_frame_header(record: Buffer, frame: int) -> FrameHeader:
         raise ChunkDamagedError(frame, f"record has only {len(record)} bytes")
     _, codec, _, count, raw_bytes = _FRAME.unpack_from(record)
     payload_at = _FRAME.size + count * _SLOT.size
-    if len(record) < payload_at or codec > CODEC_ZSTD or raw_bytes > FRAME_RAW_BYTES_LIMIT:
+    if len(record) < payload_at or codec > CODEC_DISTANT or raw_bytes > FRAME_RAW_BYTES_LIMIT:
         raise ChunkDamagedError(frame, "header is malformed")
     slots = tuple(
         Slot(digest, packed & _SLOT_LENGTH_MASK, packed >> _SLOT_STATE_SHIFT)
@@ -393,7 +428,7 @@ def decode_frame_payload(
     payload = record[_FRAME.size + count * _SLOT.size :]
     if raw_bytes > FRAME_RAW_BYTES_LIMIT:
         raise ChunkDamagedError(frame, f"claims {raw_bytes} bytes")
-    if codec == CODEC_RAW:
+    if codec in (CODEC_RAW, CODEC_DISTANT):
         raw = bytes(payload)
     elif codec == CODEC_ZSTD:
         try:
@@ -716,6 +751,55 @@ def decode_lost(record: Buffer, key: bytes) -> LostChunk:
     return LostChunk(*_unpack(_LOST, body, "lost"))  # type: ignore[arg-type]
 
 
+# --- what to fetch of an image that is elsewhere ---
+
+_WISH_KEY_PREFIX = b"lazy"
+PREFETCH_NONE, PREFETCH_TRACE, PREFETCH_ALL = 0, 1, 2
+PREFETCH_NAMES = {PREFETCH_NONE: "none", PREFETCH_TRACE: "trace", PREFETCH_ALL: "all"}
+_WISH_PAUSED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What servers are to fetch of an image that they have open, without anybody reading it:
+    `prefetch` is PREFETCH_*; and not now, if `paused`."""
+
+    prefetch: int
+    paused: bool = False
+
+
+def wish_key(image: bytes) -> bytes:
+    """Key of database `meta`: the wish for an image digest."""
+    return _WISH_KEY_PREFIX + image
+
+
+def decode_wish_key(key: Buffer) -> bytes | None:
+    """The image digest of a key of database `meta`; None if it is no wish's."""
+    raw = bytes(key)
+    prefix = len(_WISH_KEY_PREFIX)
+    return (
+        raw[prefix:]
+        if len(raw) == prefix + DIGEST_BYTES and raw[:prefix] == _WISH_KEY_PREFIX
+        else None
+    )
+
+
+def encode_wish(wish: Wish, key: bytes) -> bytes:
+    """Value of a wish's key."""
+    body = _WISH.pack(wish.prefetch, _WISH_PAUSED * wish.paused, 0, 0)
+    return _guarded(body, xxh3_64_intdigest(key))
+
+
+def decode_wish(record: Buffer, key: bytes) -> Wish:
+    """Return the record of a wish's key."""
+    prefetch, flags, _, _ = _unpack(
+        _WISH, _unguarded(record, "lazy", xxh3_64_intdigest(key)), "lazy"
+    )
+    if prefetch not in PREFETCH_NAMES:
+        raise StoreDamagedError(f"lazy record asks for {prefetch}")
+    return Wish(prefetch, bool(flags & _WISH_PAUSED))  # type: ignore[operator]
+
+
 # --- remotes ---
 
 _REMOTE_KEY_PREFIX = b"remote"
@@ -784,6 +868,8 @@ def meta_kind(key: Buffer) -> str | None:
         return "view"
     if is_origin_key(key):
         return "origin"
+    if decode_wish_key(key) is not None:
+        return "lazy"
     if decode_lost_key(key) is not None:
         return "lost"
     return None if decode_remote_key(key) is None else "remote"
@@ -815,7 +901,7 @@ def with_one_bit_mended(record: Buffer, seed: int, bits: int | None = None) -> b
 
 
 def record_seed(key: bytes) -> int:
-    """The seed of the guards of image, view, origin, lost and remote records."""
+    """The seed of the guards of image, view, origin, lazy, lost and remote records."""
     return xxh3_64_intdigest(key)
 
 

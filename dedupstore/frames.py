@@ -7,16 +7,19 @@ looking chunks up by digest, keeping the totals. It decides nothing about cachin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import lmdb
 import zstandard
 
 from dedupstore import format as fmt
+from dedupstore import places
 from dedupstore.constants import COMPRESSION_GAIN_MIN, FRAME_BYTES_MAX, FRAME_SLOTS_MAX, ZSTD_LEVEL
 from dedupstore.env import Environment
-from dedupstore.errors import ChunkDamagedError, StoreDamagedError
+from dedupstore.errors import ChunkDamagedError, DedupError, StoreDamagedError
 from dedupstore.values import read_beginning, read_value
 
 TOTALS_KEY = b"totals"
@@ -54,11 +57,25 @@ class Codecs:
         return raw
 
 
+class Fetches(Protocol):
+    """What brings frames whose bytes are in a remote (remote.fetching)."""
+
+    def fetch(self, frame: int) -> fmt.Buffer:
+        """The frame's record with its bytes."""
+
+    def is_next(self, frame: int) -> bool:
+        """Whether the frame goes on where somebody reads a remote in order."""
+
+
 class FrameLoader:
     """Loads frames for a cache. Counts what it loads; counts are exact (see `_count`)."""
 
-    def __init__(self, env: Environment) -> None:
+    def __init__(self, env: Environment, fetcher: Callable[[], Fetches], touched: set[int]) -> None:
+        """`fetcher` is asked for when a frame's bytes are in a remote. In a store that has one, the
+        numbers of loaded frames go into `touched`, for whoever notes when they were last used."""
         self._env = env
+        self._fetcher = fetcher
+        self._touched = touched
         self._codecs = Codecs()
         self.frames_loaded = 0
         self.chunks_loaded = 0
@@ -67,8 +84,22 @@ class FrameLoader:
         """Raw bytes and slot offsets of a frame.
 
         Raises ChunkDamagedError when the frame is missing, cannot be read, fails its checksum or
-        does not decompress, and the translated error when LMDB fails.
+        does not decompress, what `fetch` raises, and the translated error when LMDB fails.
         """
+        record: fmt.Buffer = self._stored(frame)
+        if fmt.is_distant(record):
+            record = memoryview(self._fetcher().fetch(frame))
+        offsets = fmt.decode_frame_offsets(record, frame)
+        raw = self._codecs.decode(record, frame)
+        self._count(len(offsets) - 1)
+        if self._env.remote is not None:
+            self._touched.add(frame)
+        return raw, offsets
+
+    def _stored(self, frame: int) -> memoryview:
+        """A frame's record as it is here, verified. Raises as `load` does."""
+        # Apart from `load`, whose locals live on in the traceback of a failed fetch: a transaction
+        # among them would keep its place in LMDB's reader table.
         env = self._env
         try:
             with env.raw.begin(buffers=True) as txn:
@@ -78,10 +109,21 @@ class FrameLoader:
         except lmdb.Error as error:
             raise env.translate(error) from error
         fmt.verify_frame(record, frame)
-        offsets = fmt.decode_frame_offsets(record, frame)
-        raw = self._codecs.decode(record, frame)
-        self._count(len(offsets) - 1)
-        return raw, offsets
+        return record
+
+    def is_worth_loading_ahead(self, frame: int) -> bool:
+        """Whether a frame that may be needed soon should be loaded now: not across a network,
+        unless somebody is reading there in order. Never raises."""
+        env = self._env
+        if env.remote is None:
+            return True
+        try:
+            with env.read() as txn:
+                head = read_head(txn, env, frame)
+            distant = head is not None and fmt.is_distant(head[0])
+            return not distant or self._fetcher().is_next(frame)
+        except DedupError:
+            return False
 
     def _count(self, chunks: int) -> None:
         # Exact without a lock: CPython (3.11 to 3.13) hands the GIL over at calls and backward
@@ -150,6 +192,30 @@ def count_totals(txn: lmdb.Transaction, env: Environment, frame_next: int) -> fm
                 counted.stored_bytes + one.stored_bytes,
             )
     return counted
+
+
+@dataclass(frozen=True, slots=True)
+class Distant:
+    """What is in remotes and not here: frames, their chunks and these chunks' bytes."""
+
+    frames: int = 0
+    chunks: int = 0
+    bytes: int = 0
+
+
+def count_distant(txn: lmdb.Transaction, env: Environment) -> Distant:
+    """What a snapshot has in remotes only. Reads the head of every frame that has a place."""
+    if env.remote is None:
+        return Distant()
+    frames = chunks = size = 0
+    for key in txn.cursor(db=env.remote.places).iternext(values=False):
+        frame = fmt.decode_frame_key(key)
+        head, _ = read_head(txn, env, frame) or (b"", 0)
+        if fmt.is_distant(head):
+            slots = fmt.decode_frame_header(head, frame).slots
+            there = [slot.length for slot in slots if slot.state == fmt.SLOT_DISTANT]
+            frames, chunks, size = frames + 1, chunks + len(there), size + sum(there)
+    return Distant(frames, chunks, size)
 
 
 def find_chunk(txn: lmdb.Transaction, env: Environment, digest: bytes) -> int | None:
@@ -221,6 +287,7 @@ class FrameWriter:
             fmt.seal_frame(record, frame)
             self._txn.put(key, record, db=self._env.frames)
         elif old is not None:
+            self._forget(frame, old[0])
             self._txn.delete(key, db=self._env.frames)
         totals = self._totals
         self._totals = replace(
@@ -231,6 +298,77 @@ class FrameWriter:
             stored_bytes=totals.stored_bytes - before.stored_bytes + after.stored_bytes,
         )
         return before.stored_bytes
+
+    def _forget(self, frame: int, head: fmt.Buffer) -> None:
+        """Drop what leads to a frame that goes, beyond the index. Its header need not be sound."""
+        with suppress(StoreDamagedError):
+            places.forget_frame(self._txn, self._env, frame, fmt.decode_frame_header(head, frame))
+
+    def store_distant(self, slots: Sequence[fmt.Slot], where: places.PlaceRecord) -> int:
+        """Store a frame whose bytes are in a remote; return its number. Its slots are distant or
+        dropped, and in neither index."""
+        totals = self._totals
+        frame = totals.frame_next
+        record = fmt.encode_distant_frame(slots)
+        fmt.seal_frame(record, frame)
+        self._txn.put(fmt.frame_key(frame), record, db=self._env.frames, append=True)
+        remote = self._env.ensure_remote(self._txn)
+        places.put_places(self._txn, remote, frame, where)
+        places.index_distant(self._txn, remote, frame, slots)
+        self._totals = replace(
+            totals,
+            frame_next=frame + 1,
+            frames=totals.frames + 1,
+            stored_bytes=totals.stored_bytes + len(record),
+        )
+        return frame
+
+    def restore(self, frame: int, record: bytearray) -> None:
+        """Put a sound unsealed record into the place of a damaged frame of which nothing is in an
+        index. Chunks that are in an index already keep their entries."""
+        self.replace(frame, record)
+        slots = fmt.decode_frame_header(memoryview(record), frame).slots
+        self._index_present(frame, slots)
+        if fmt.is_distant(bytes(record)):
+            places.index_distant(self._txn, self._env.ensure_remote(self._txn), frame, slots)
+
+    def _index_present(self, frame: int, slots: Sequence[fmt.Slot]) -> None:
+        for at, slot in enumerate(slots):
+            if slot.state == fmt.SLOT_PRESENT:
+                value = fmt.encode_index(slot.digest, fmt.make_ref(frame, at))
+                self._txn.put(slot.digest, value, db=self._env.chunks, overwrite=False)
+
+    def fill(self, frame: int, record: bytearray) -> bool:
+        """Put the bytes of a frame into its place, as an unsealed record with the slots that the
+        frame has; False: it has been filled or has gone meanwhile. A chunk that is here already
+        keeps its index entry."""
+        head = read_head(self._txn, self._env, frame)
+        if head is None or not fmt.is_distant(head[0]):
+            return False
+        remote = self._env.ensure_remote(self._txn)
+        old = fmt.decode_frame_header(head[0], frame).slots
+        places.forget_distant(self._txn, remote, frame, old)
+        self.replace(frame, record)
+        self._index_present(frame, fmt.decode_frame_header(memoryview(record), frame).slots)
+        return True
+
+    def empty(self, frame: int) -> int:
+        """Drop the bytes of a frame, which has a place; return the bytes that this frees. Raises
+        ChunkDamagedError."""
+        head = read_head(self._txn, self._env, frame)
+        if head is None or fmt.is_distant(head[0]):
+            return 0
+        slots = fmt.decode_frame_header(head[0], frame).slots
+        if any(slot.state == fmt.SLOT_ABSENT for slot in slots):
+            return 0
+        record = fmt.encode_distant_frame(slots)
+        for at, slot in enumerate(slots):
+            if find_chunk(self._txn, self._env, slot.digest) == fmt.make_ref(frame, at):
+                self._txn.delete(slot.digest, db=self._env.chunks)
+        freed = self.replace(frame, record) - len(record)
+        now = fmt.decode_frame_header(memoryview(record), frame).slots
+        places.index_distant(self._txn, self._env.ensure_remote(self._txn), frame, now)
+        return freed
 
     def retain(self, frame: int, live: int, codecs: Codecs) -> Dropped:
         """Remove a frame's chunks except those in the bit mask `live`, and the frame with the last.
@@ -258,6 +396,7 @@ class FrameWriter:
         for slot in gone & indexed:
             self._txn.delete(header.slots[slot].digest, db=self._env.chunks)
         if fresh is None:
+            places.forget_frame(self._txn, self._env, frame, header)
             self._txn.delete(key, db=self._env.frames)
         else:
             self._txn.put(key, fresh, db=self._env.frames)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins, quarantine
+from dedupstore import catalog, origins, quarantine, wishes
 from dedupstore import format as fmt
 from dedupstore.constants import FRAME_BYTES_MAX, GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
 from dedupstore.errors import StoreAccessError
-from dedupstore.frames import Codecs, FrameWriter
+from dedupstore.frames import Codecs, FrameWriter, read_head
 from dedupstore.leases import Reclaim, image_byte, session_byte
 
 
@@ -178,24 +178,24 @@ class Collector:
             unneeded = self._mark_roots(txn, reclaim)
             self._manifests, self._drafts = len(unneeded.manifests), len(unneeded.drafts)
             for frame, mask in dead.items():
-                record = txn.get(fmt.frame_key(frame), db=env.frames)
-                if record is None:
+                found = read_head(txn, env, frame)
+                if found is None:
                     continue
                 live = self._marks.live.get(frame, 0)
                 self._chunks += (mask & ~live).bit_count()
                 if not live:
                     self._removed += 1
-                    self._bytes += len(record)
+                    self._bytes += found[1]
                 else:
                     self._rewritten += 1
-                    self._bytes += self._dead_share(record, frame, mask)
+                    self._bytes += self._dead_share(*found, frame, mask)
 
-    def _dead_share(self, record: fmt.Buffer, frame: int, mask: int) -> int:
+    def _dead_share(self, head: fmt.Buffer, record_bytes: int, frame: int, mask: int) -> int:
         """Stored bytes of a frame in proportion to its dead chunks' raw bytes."""
-        header = fmt.decode_frame_header(record, frame)
+        header = fmt.decode_frame_header(head, frame)
         dead = mask & ~self._marks.live.get(frame, 0)
         lost = sum(slot.length for i, slot in enumerate(header.slots) if dead >> i & 1)
-        return len(record) * lost // max(header.raw_bytes, 1)
+        return record_bytes * lost // max(header.raw_bytes, 1)
 
     # --- sweep ---
 
@@ -246,6 +246,7 @@ class Collector:
                 txn.delete(key, db=database)
         if unneeded.manifests:
             origins.forget(txn, env, set(unneeded.manifests))
+            wishes.forget_wishes(txn, env, set(unneeded.manifests))
         quarantine.forget(txn, env, unneeded.lost)
         self._manifests += len(unneeded.manifests)
         self._drafts += len(unneeded.drafts)

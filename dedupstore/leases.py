@@ -26,6 +26,7 @@ from pathlib import Path
 from dedupstore.errors import StoreAccessError
 
 LOCK_FILE = "locks"
+FETCH_LOCK_FILE = "fetches"
 
 # struct flock of every 64-bit Linux: type, whence, (padding) start, length, pid, (padding).
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
@@ -60,14 +61,11 @@ class Leases:
         except OSError as error:
             raise StoreAccessError(f"{self._path}: {error.strerror}") from None
 
-    def _set(self, command: int, kind: int, byte: int) -> None:
-        fcntl.fcntl(self._file, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
-
     def take(self, byte: int) -> None:
         """Hold `byte` shared; waits while a gc deletes what it stands for. Takings are counted."""
         with self._mutex:
             if not self._held[byte]:
-                self._set(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, byte)
+                _lock(self._file, fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, byte)
             self._held[byte] += 1
 
     def release(self, byte: int) -> None:
@@ -77,7 +75,7 @@ class Leases:
             if self._held[byte] <= 0:
                 del self._held[byte]
                 if self._file >= 0:
-                    self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+                    _lock(self._file, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -105,8 +103,39 @@ class Reclaim:
 
     def claim(self, byte: int) -> bool:
         """Take `byte` exclusively until the block ends; False when somebody has a lease on it."""
+        return _lock(self._leases._file, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
+
+
+class FetchClaims:
+    """Which frames this process is fetching, so that no other process on the store fetches them
+    too: exclusive locks, by frame number, on a file of their own. Thread-safe; one for a process,
+    whose threads must agree among themselves."""
+
+    def __init__(self, store: Path) -> None:
+        """Open the file, which is made when it is not there. Raises StoreAccessError."""
+        path = store / FETCH_LOCK_FILE
         try:
-            self._leases._set(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreAccessError(f"{path}: {error.strerror}") from None
+
+    def claim(self, frame: int) -> bool:
+        """Claim a frame until `release`; False: another process has."""
+        return _lock(self._file, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, frame)
+
+    def release(self, frame: int) -> None:
+        """Give a frame back."""
+        _lock(self._file, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, frame)
+
+    def close(self) -> None:
+        """Give everything back."""
+        os.close(self._file)
+
+
+def _lock(file: int, command: int, kind: int, byte: int) -> bool:
+    """Set or end a lock on one byte; False: somebody has one that it does not go with."""
+    try:
+        fcntl.fcntl(file, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

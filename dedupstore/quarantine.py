@@ -19,7 +19,8 @@ from dedupstore import catalog
 from dedupstore import format as fmt
 from dedupstore.env import Environment
 from dedupstore.errors import StoreDamagedError
-from dedupstore.frames import find_chunk
+from dedupstore.frames import find_chunk, read_head
+from dedupstore.places import find_distant
 
 Lost = Mapping[int, fmt.LostChunk]
 """Lost chunks by the reference that led to them."""
@@ -28,13 +29,17 @@ Lost = Mapping[int, fmt.LostChunk]
 def note(txn: lmdb.Transaction, env: Environment, lost: Lost) -> None:
     """Put chunks into quarantine: record them, and take them out of the index if they are there
     under these references."""
+    remote = env.find_remote(txn)
+    databases = [env.chunks] if remote is None else [env.chunks, remote.distant]
     for ref, chunk in lost.items():
-        try:
-            indexed = find_chunk(txn, env, chunk.digest)
-        except StoreDamagedError:
-            indexed = ref
-        if indexed == ref:
-            txn.delete(chunk.digest, db=env.chunks)
+        for database in databases:
+            value = txn.get(chunk.digest, db=database)
+            try:
+                indexed = None if value is None else fmt.decode_index(chunk.digest, value)
+            except StoreDamagedError:
+                indexed = ref
+            if indexed == ref:
+                txn.delete(chunk.digest, db=database)
         key = fmt.lost_key(ref)
         txn.put(key, fmt.encode_lost(chunk, key), db=env.meta)
     if lost:
@@ -81,11 +86,19 @@ def redirect_all(env: Environment) -> int:
 def _stored_anew(txn: lmdb.Transaction, env: Environment, lost: Lost) -> Lost:
     def stored(chunk: fmt.LostChunk) -> bool:
         try:
-            return find_chunk(txn, env, chunk.digest) is not None
+            return _find(txn, env, chunk.digest) is not None
         except StoreDamagedError:
             return False
 
     return {ref: chunk for ref, chunk in lost.items() if stored(chunk)}
+
+
+def _find(txn: lmdb.Transaction, env: Environment, digest: bytes) -> int | None:
+    """Reference of a chunk that is here, or else of one that a remote has."""
+    here = find_chunk(txn, env, digest)
+    if here is not None or env.remote is None:
+        return here
+    return find_distant(txn, env.remote, digest)
 
 
 def _hurt(txn: lmdb.Transaction, env: Environment, frames: set[int]) -> Iterator[bytes]:
@@ -134,26 +147,35 @@ class _Stored:
     def find(self, digest: bytes) -> tuple[int, int] | None:
         """(reference, length) of a stored chunk."""
         try:
-            ref = find_chunk(self._txn, self._env, digest)
+            ref = _find(self._txn, self._env, digest)
         except StoreDamagedError:
             return None
         if ref is None:
             return None
         slots, at = self.slots(ref >> fmt.REF_SLOT_BITS), ref & fmt.REF_SLOT_MASK
-        if at < len(slots) and slots[at].digest == digest and slots[at].state == fmt.SLOT_PRESENT:
+        usable = (fmt.SLOT_PRESENT, fmt.SLOT_DISTANT)
+        if at < len(slots) and slots[at].digest == digest and slots[at].state in usable:
             return ref, slots[at].length
         return None
 
     def slots(self, frame: int) -> tuple[fmt.Slot, ...]:
         """A frame's slots, none if it is missing or malformed."""
         if frame != self._frame:
-            record = self._txn.get(fmt.frame_key(frame), db=self._env.frames)
             try:
-                self._slots = () if record is None else fmt.decode_frame_header(record, frame).slots
+                self._slots = fmt.decode_frame_header(self._head(frame), frame).slots
             except StoreDamagedError:
                 self._slots = ()
             self._frame = frame
         return self._slots
+
+    def _head(self, frame: int) -> fmt.Buffer:
+        """A frame's record as far as its header goes, or beyond. What this transaction has written
+        is in no file yet, but in memory: what is not in the last snapshot is taken from there."""
+        with self._env.read() as before:
+            head = read_head(before, self._env, frame)
+        if head is not None:
+            return head[0]
+        return self._txn.get(fmt.frame_key(frame), db=self._env.frames) or b""
 
 
 def _split(length: int, ref: int, count: int, lost: Lost, stored: _Stored) -> list[_Piece] | None:

@@ -29,6 +29,9 @@ _ZEROS = memoryview(bytes(1 << 20))
 
 _NOTHING = 0  # is no frame's number
 
+Note = Callable[[Manifest, int, int], None]
+"""Gets what is about to be read: the image, offset and length in bytes. Must not raise."""
+
 
 class ReadCounters:
     """Totals over all readers of a process.
@@ -62,8 +65,11 @@ class Prefetcher:
         cache: FrameCache,
         counters: ReadCounters,
         on_idle: Callable[[], None] = lambda: None,
+        is_worth: Callable[[int], bool] = lambda _frame: True,
     ) -> None:
+        """`is_worth` says of a frame that is not in the cache whether it is worth loading ahead."""
         self._cache = cache
+        self._is_worth = is_worth
         self._counters = counters
         self._on_idle = on_idle
         self._untidy = False
@@ -97,7 +103,7 @@ class Prefetcher:
                 continue
             if frame is None:
                 return
-            if frame and frame not in self._cache.entries:
+            if frame and frame not in self._cache.entries and self._is_worth(frame):
                 self._counters.prefetches += 1
                 self._cache.prefetch(frame)
                 self._untidy = True
@@ -144,7 +150,19 @@ class ImageReader:
         self._last_run = 0
         self._ahead_bytes = 0
         self._ahead = 0
+        self._note: Note | None = None
         self.read: Callable[[memoryview, int], None] = self._bind()
+
+    def observe(self, note: Note | None) -> None:
+        """Have `note` called before each read from now on; None: no longer. Readers that nobody
+        observes do not know of it: another `read` takes the place of theirs."""
+        self._note = note
+        self.read = self._bind()
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody observes."""
+        return self._note is not None
 
     def _bind(self) -> Callable[[memoryview, int], None]:
         """Build `read` with all it needs in locals: attribute chains cost a third of a hit."""
@@ -194,7 +212,15 @@ class ImageReader:
             except DedupError as error:
                 recover(buffer, offset, error)
 
-        return read
+        if self._note is None:
+            return read
+        manifest, note = self.manifest, self._note
+
+        def read_noted(buffer: memoryview, offset: int) -> None:
+            note(manifest, offset, len(buffer))
+            read(buffer, offset)
+
+        return read_noted
 
     def _miss(self, entry: Entry | None, run: int) -> Entry:
         """The entry of a run whose frame is absent, or used for the first time in this epoch."""

@@ -7,17 +7,19 @@ results and print nothing. Every failure that a user or a disk can cause is a De
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from weakref import WeakValueDictionary
 
 import lmdb
 
-from dedupstore import catalog, origins
+from dedupstore import catalog, origins, wishes
 from dedupstore import format as fmt
 from dedupstore.creation import TEMPORARY_DIRECTORY, create_store
 from dedupstore.env import Environment
@@ -25,7 +27,7 @@ from dedupstore.errors import (
     ImageNotFoundError,
     StoreDamagedError,
 )
-from dedupstore.frames import FrameLoader, read_totals
+from dedupstore.frames import FrameLoader, count_distant, read_head, read_totals
 from dedupstore.leases import Leases, image_byte
 from dedupstore.manifest import Manifest
 
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
     from dedupstore import compaction, gc
     from dedupstore.imported import Imported
     from dedupstore.imports import Importer
+    from dedupstore.remote.evicting import Evicted
+    from dedupstore.remote.fetching import Fetcher
+    from dedupstore.remote.pulling import Pulled
+    from dedupstore.remote.pushing import Pusher
+    from dedupstore.remote.replaying import Replay
+    from dedupstore.traces import Trace
 
 STANDARD_INPUT = "-"
 
@@ -55,7 +63,9 @@ class ImageInfo:
 @dataclass(frozen=True, slots=True)
 class StoreStats:
     """Sums over the store, in bytes where not counts. `file_bytes` are what data.mdb occupies on
-    disk, `file_length` is how long it is: the rest are holes that compaction made."""
+    disk, `file_length` is how long it is: the rest are holes that compaction made. `distant_*` is
+    what is in remotes and not here: of `frames` so many, with so many chunks and their bytes;
+    `chunks` and `unique_bytes` are what is here."""
 
     images: int
     logical_bytes: int
@@ -65,6 +75,9 @@ class StoreStats:
     file_length: int
     chunks: int
     frames: int
+    distant_frames: int
+    distant_chunks: int
+    distant_bytes: int
     dedup_ratio: float
     compression_ratio: float
 
@@ -84,6 +97,32 @@ class Difference:
     shared_chunks: int
     only_a_chunks: int
     only_b_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Laziness:
+    """What of an image is elsewhere: bytes of its chunks. `prefetch` is what servers that open it
+    fetch ("none", "trace", "all"), unless it is paused; `wanted_bytes` the bytes of that (of "none"
+    all), how many of these are elsewhere, and the share that is here."""
+
+    missing_bytes: int
+    prefetch: str
+    paused: bool
+    wanted_bytes: int
+    wanted_missing_bytes: int
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    """What a prefetch did. Bytes of chunks: those wanted, and how many of these were elsewhere
+    before and are now; and what was fetched, compressed."""
+
+    name: str
+    wanted_bytes: int
+    missing_bytes: int
+    fetched_bytes: int
+    left_bytes: int
 
 
 class Store:
@@ -106,6 +145,9 @@ class Store:
             fmt.check_superblock(self.superblock, str(path))
             self.leases = Leases(path)
             self._manifests: WeakValueDictionary[bytes, Manifest] = WeakValueDictionary()
+            self._fetcher: Fetcher | None = None
+            self._fetcher_lock = threading.Lock()
+            self._touched: set[int] = set()
         except BaseException:
             self.env.close()
             raise
@@ -117,7 +159,11 @@ class Store:
         return cls(path)
 
     def close(self) -> None:
-        """Close the store; readers and imports must have ended. Idempotent."""
+        """Close the store; readers and imports must have ended. What was fetched is stored first.
+        Idempotent."""
+        if self._fetcher is not None:
+            self._fetcher.close()
+            self._fetcher = None
         self.leases.close()
         self.env.close()
 
@@ -165,6 +211,21 @@ class Store:
             }
         return found | derived
 
+    def has_digest(self, digest: bytes) -> bool:
+        """Whether there is an image or view with this digest."""
+        with self.env.read() as txn:
+            return txn.get(digest, db=self.env.manifests) is not None
+
+    def mounted_digests(self, image: bytes) -> set[bytes]:
+        """What mounts of an image read: its digest, those of its views, and of what these need."""
+        found = {image}
+        with self.env.read() as txn:
+            for kind in (fmt.VIEW_KERNEL, fmt.VIEW_POOL):
+                view = catalog.find_view(txn, self.env, image, kind)
+                if view is not None:
+                    found.update((view.digest, *view.homes))
+        return found
+
     def clone(self, source: str, target: str) -> None:
         """Give the image `source` the further name `target`: O(1), nothing is copied."""
         with self.env.write() as txn:
@@ -187,8 +248,23 @@ class Store:
     # --- contents ---
 
     def loader(self) -> FrameLoader:
-        """A loader of this store's frames, for a cache."""
-        return FrameLoader(self.env)
+        """A loader of this store's frames, for a cache; it fetches those that are elsewhere."""
+        return FrameLoader(self.env, self.fetcher, self._touched)
+
+    def fetcher(self) -> Fetcher:
+        """What brings frames that are elsewhere; one for all, closed with the store."""
+        with self._fetcher_lock:
+            if self._fetcher is None:
+                # Only now: it loads a client for object stores, which is large.
+                from dedupstore.remote.fetching import Fetcher  # noqa: PLC0415
+
+                self._fetcher = Fetcher(self.env, self.path, self._touched)
+            return self._fetcher
+
+    @property
+    def fetching(self) -> Fetcher | None:
+        """`fetcher` if there is one yet."""
+        return self._fetcher
 
     def open_manifest(self, name: str) -> Manifest:
         """The manifest of an image, leased: gc keeps its chunks until `close_manifest`.
@@ -303,11 +379,159 @@ class Store:
         self.env.verify(skip=frozenset())
         return compaction.compact(self.env, on_progress or (lambda _done, _all: None))
 
+    # --- images that are elsewhere ---
+
+    def pull(
+        self,
+        remote: str,
+        source: str,
+        name: str,
+        on_progress: Callable[[int, int], None],
+        *,
+        lazy: bool,
+        replace: bool = False,
+    ) -> Pulled:
+        """Have image `source` of a remote here, as `name`. See remote.pulling.Puller."""
+        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415
+        from dedupstore.remote.pulling import Puller  # noqa: PLC0415 - 30 ms, for remotes only
+
+        found, _ = find_remote(self.env, remote)
+        puller = Puller(self.env, self.leases, found, self.fetcher())
+        return puller.pull(source, name, on_progress, lazy=lazy, replace=replace)
+
+    def pusher(self, remote: str) -> Pusher:
+        """What pushes images to a remote. See remote.pushing.Pusher."""
+        from dedupstore.remote.pushing import Pusher  # noqa: PLC0415 - for remotes only
+
+        return Pusher(self.env, self.path, self.leases, self.fetcher, remote)
+
+    def remote_images(self, remote: str) -> dict[str, str]:
+        """The images in a remote: digests, in hexadecimal, by name. Raises RemoteError."""
+        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415
+
+        found, _ = find_remote(self.env, remote)
+        return {root.name: root.digest.hex() for root in found.roots()}
+
+    def evict(self, limit: int, on_progress: Callable[[int, int], None]) -> Evicted:
+        """Drop what remotes have until the store's file takes `limit` bytes. See
+        remote.evicting.Evictor. Walks every page first, as gc does."""
+        from dedupstore.remote.evicting import Evictor  # noqa: PLC0415 - for remotes only
+
+        self.env.verify(skip=frozenset())
+        return Evictor(self.env).run(limit, on_progress)
+
+    def replay(self, name: str, trace: Trace | None) -> Replay:
+        """What of a trace, or of all of it, an image has here and elsewhere. Raises
+        ImageNotFoundError."""
+        from dedupstore.remote.replaying import replay, survey  # noqa: PLC0415 - as above
+
+        with self.env.read() as txn:
+            image = catalog.find_image(txn, self.env, name)
+            manifest = catalog.read_manifest(txn, self.env, image.digest)
+        return survey(self.env, manifest) if trace is None else replay(self.env, manifest, trace)
+
+    def prefetch(
+        self, name: str, trace: Trace | None, on_progress: Callable[[int, int], None]
+    ) -> Prefetched:
+        """Fetch what is elsewhere of an image: all of it, or what a trace has, in its order. What
+        came by then stays when this is interrupted. Raises ImageNotFoundError, RemoteError."""
+        from dedupstore.remote.grouping import BULK, REPLAY  # noqa: PLC0415 - as above
+
+        manifest = self.open_manifest(name)  # leased meanwhile
+        fetched = 0
+        try:
+            wanted = self.replay(name, trace)
+            if wanted.missing_frames:
+                counters = self.fetcher().counters
+                before = counters.bytes
+                pace = BULK if trace is None else REPLAY
+                total = sum(map(self._missing_frames(name).get, wanted.missing_frames, repeat(0)))
+                self.fetcher().fetch_all(
+                    wanted.missing_frames, lambda done: on_progress(done, total), pace
+                )
+                fetched = counters.bytes - before
+            left = self.replay(name, trace).missing_bytes
+        finally:
+            self.close_manifest(manifest)
+        return Prefetched(name, wanted.bytes, wanted.missing_bytes, fetched, left)
+
+    def fetch_metadata(self, name: str) -> bool:
+        """Fetch what is elsewhere of an image's EROFS metadata; False: it is no EROFS. See
+        remote.metadata."""
+        from dedupstore.remote.metadata import fetch_metadata  # noqa: PLC0415 - as above
+
+        manifest = self.open_manifest(name)
+        try:
+            return fetch_metadata(self.fetcher(), manifest, self.loader().load)
+        finally:
+            self.close_manifest(manifest)
+
+    def wish(self, name: str, prefetch: int | None, trace: Trace | None = None) -> None:
+        """Have servers that open an image fetch what is elsewhere of it: fmt.PREFETCH_*, with a
+        trace for PREFETCH_TRACE; None: as before, at first nothing. Raises ImageNotFoundError."""
+        with self.env.write() as txn:
+            image = catalog.find_image(txn, self.env, name).digest
+            if prefetch is None:
+                if wishes.find_wish(txn, self.env, image) is not None:
+                    return
+                prefetch = fmt.PREFETCH_NONE
+            wishes.put_wish(txn, self.env, image, fmt.Wish(prefetch), trace)
+
+    def pause(self, name: str, *, paused: bool) -> bool:
+        """Pause what `wish` asks for, or go on with it; False: nothing is asked for. Raises
+        ImageNotFoundError."""
+        with self.env.write() as txn:
+            image = catalog.find_image(txn, self.env, name).digest
+            return wishes.set_paused(txn, self.env, image, paused=paused)
+
+    def has_wish(self, image: bytes) -> bool:
+        """Whether there is something on record for servers to fetch of an image."""
+        with self.env.read() as txn:
+            return wishes.find_wish(txn, self.env, image) is not None
+
+    def laziness(self, name: str) -> Laziness | None:
+        """What of an image is elsewhere, and what is asked for; None: all is here, and nothing.
+        Raises ImageNotFoundError."""
+        with self.env.read() as txn:
+            image = catalog.find_image(txn, self.env, name).digest
+            wish = wishes.find_wish(txn, self.env, image)
+        if wish is None and self.env.remote is None:
+            return None
+        whole = self.replay(name, None)
+        if wish is None and not whole.missing_bytes:
+            return None
+        wish = wish or fmt.Wish(fmt.PREFETCH_NONE)
+        trace = None
+        if wish.prefetch == fmt.PREFETCH_TRACE:
+            trace = wishes.find_trace(self.env, image)
+        wanted = whole if trace is None else self.replay(name, trace)
+        return Laziness(
+            missing_bytes=whole.missing_bytes,
+            prefetch=fmt.PREFETCH_NAMES[wish.prefetch],
+            paused=wish.paused,
+            wanted_bytes=wanted.bytes,
+            wanted_missing_bytes=wanted.missing_bytes,
+            done=round(1 - wanted.missing_bytes / wanted.bytes, 4) if wanted.bytes else 1.0,
+        )
+
+    def missing_bytes(self, name: str) -> int:
+        """Bytes of an image's chunks that are elsewhere. Raises ImageNotFoundError."""
+        return 0 if self.env.remote is None else sum(self._missing_frames(name).values())
+
+    def _missing_frames(self, name: str) -> dict[int, int]:
+        from dedupstore.remote.pulling import missing_frames  # noqa: PLC0415 - for remotes only
+
+        with self.env.read() as txn:
+            image = catalog.find_image(txn, self.env, name)
+            manifest = catalog.read_manifest(txn, self.env, image.digest)
+        return missing_frames(self.env, manifest)
+
     def stats(self) -> StoreStats:
         """Sums over the store."""
         with self.env.read() as txn:
             totals = read_totals(txn, self.env)
             sizes = [image.size for _, image in catalog.list_images(txn, self.env)]
+            distant = count_distant(txn, self.env)
         logical = sum(sizes)
         return StoreStats(
             images=len(sizes),
@@ -318,6 +542,9 @@ class Store:
             file_length=self.env.file_length(),
             chunks=totals.chunks,
             frames=totals.frames,
+            distant_frames=distant.frames,
+            distant_chunks=distant.chunks,
+            distant_bytes=distant.bytes,
             dedup_ratio=round(logical / totals.unique_bytes, 4) if totals.unique_bytes else 1.0,
             compression_ratio=(
                 round(totals.unique_bytes / totals.stored_bytes, 4) if totals.stored_bytes else 1.0
@@ -358,9 +585,9 @@ class Store:
         for ref in sorted(refs):
             frame = ref >> fmt.REF_SLOT_BITS
             if frame != header_of:
-                record = txn.get(fmt.frame_key(frame), db=self.env.frames)
+                head = read_head(txn, self.env, frame)
                 header_of = frame
-                header = None if record is None else fmt.decode_frame_header(record, frame)
+                header = None if head is None else fmt.decode_frame_header(head[0], frame)
             slot = ref & fmt.REF_SLOT_MASK
             if header is None or slot >= len(header.slots):
                 raise StoreDamagedError(f"chunk {frame}.{slot} is missing (run 'dedupstore check')")

@@ -11,17 +11,23 @@ import ctypes
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dedupstore.cache import FrameCache
 from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ImageNotFoundError, UsageError
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
+from nbdplugin.recordings import Recordings
+
+if TYPE_CHECKING:
+    from dedupstore.remote.background import Background
 
 _GLOB_CHARACTER = re.compile("[*?[]")
 _DIGEST_EXPORT = re.compile("/([0-9a-f]{64})")
@@ -112,14 +118,26 @@ class Session:
         self._patterns = config.images
         self.store = Store(config.store)
         self.loader = self.store.loader()
+        if self.store.env.remote is not None:
+            self.store.fetcher()  # which notes what is used, too
         self.counters = ReadCounters()
         self.cache = FrameCache(config.cache_bytes, self.loader.load)
-        self._prefetcher = Prefetcher(self.cache, self.counters, self._forget_cached_pages)
+        self._prefetcher = Prefetcher(
+            self.cache,
+            self.counters,
+            self._forget_cached_pages,
+            self.loader.is_worth_loading_ahead,
+        )
+        self.recordings = Recordings(self.store)
+        self.background: Background | None = None
+        self._lock = threading.Lock()  # who has opened what
         self.open_exports = 0
 
     def close(self) -> None:
         """Stop the readahead and close the store; every export must be closed."""
         self._prefetcher.close()
+        if self.background is not None:
+            self.background.close()
         self.store.close()
 
     def _forget_cached_pages(self) -> None:
@@ -158,11 +176,11 @@ class Session:
             manifest = self.store.open_manifest(name)
         else:
             digest = bytes.fromhex(by_digest[1])
-            if self._patterns and digest not in self.store.digests_of(self.exports()):
+            if self._patterns and not self.serves(digest):
                 raise ImageNotFoundError(name)
             manifest = self.store.open_digest(digest)
         self.open_exports += 1
-        return ImageReader(
+        reader = ImageReader(
             name,
             manifest,
             self.cache,
@@ -170,14 +188,37 @@ class Session:
             self.counters,
             self.store.renew_manifest,
         )
+        with self._lock:
+            self.recordings.joined(reader)
+            self._fetch_ahead(manifest.digest)
+        return reader
+
+    def _fetch_ahead(self, image: bytes) -> None:
+        """Have fetched what is wished of an image that somebody has opened. The lock is held."""
+        if self.background is not None:
+            self.background.opened(image)
+        elif self.store.has_wish(image):
+            # Only now: most servers have nothing to do with remotes.
+            from dedupstore.remote.background import Background  # noqa: PLC0415
+
+            self.background = Background(self.store.env, self.store.fetcher)
+            for digest in self.recordings.open_digests():
+                self.background.opened(digest)
+
+    def serves(self, digest: bytes) -> bool:
+        """Whether an image or view is served, by its digest."""
+        if self._patterns:
+            return digest in self.store.digests_of(self.exports())
+        return self.store.has_digest(digest)
 
     def close_export(self, reader: ImageReader) -> None:
         """End a client's use of what `open` returned."""
         self.open_exports -= 1
+        with self._lock:
+            self.recordings.left(reader)
+            if self.background is not None:
+                self.background.closed(reader.manifest.digest)
         self.store.close_manifest(reader.manifest)
-        # It refers back to its reader: the manifest would stay until Python looks for such cycles
-        # among old objects, which a server that allocates next to nothing may not do for days.
-        del reader.read
 
 
 def _literal_prefix(pattern: str) -> str:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
 from hypothesis import HealthCheck, settings
 
 from dedupstore.cache import FrameCache
 from dedupstore.check import check_store
+from dedupstore.env import REMOTE_DATABASES
 from dedupstore.imported import Imported
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
@@ -106,8 +108,13 @@ def opened(
 ) -> Iterator[ImageReader]:
     """A reader of an image through a cache of its own; with the real readahead on request."""
     counters = ReadCounters()
-    cache = FrameCache(budget, store.loader().load)
-    prefetcher = Prefetcher(cache, counters) if readahead else SilentPrefetcher()
+    loader = store.loader()
+    cache = FrameCache(budget, loader.load)
+    prefetcher = (
+        Prefetcher(cache, counters, is_worth=loader.is_worth_loading_ahead)
+        if readahead
+        else SilentPrefetcher()
+    )
     manifest = store.open_manifest(name)
     try:
         yield ImageReader(name, manifest, cache, prefetcher, counters)  # type: ignore[arg-type]
@@ -140,9 +147,15 @@ def flipped(record: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+def handle_of(store: Store, database: str) -> lmdb._Database:
+    """One of the store's databases by its name; those of remotes are made if they are not there."""
+    owner = store.env.open_remote() if database in REMOTE_DATABASES else store.env
+    return getattr(owner, database)
+
+
 def flip_record(store: Store, database: str, key: bytes, bit: int) -> None:
     """Change one bit of a stored value, as a bad disk would. Negative bits count from the end."""
-    handle = getattr(store.env, database)
+    handle = handle_of(store, database)
     with store.env.write() as txn:
         record = bytes(txn.get(key, db=handle))
         txn.put(key, flipped(record, bit % (len(record) * 8)), db=handle)
@@ -150,8 +163,9 @@ def flip_record(store: Store, database: str, key: bytes, bit: int) -> None:
 
 def keys_of(store: Store, database: str) -> list[bytes]:
     """The keys of one of the store's databases."""
+    handle = handle_of(store, database)
     with store.env.read() as txn:
-        cursor = txn.cursor(db=getattr(store.env, database))
+        cursor = txn.cursor(db=handle)
         return [bytes(key) for key in cursor.iternext(values=False)]
 
 

@@ -35,7 +35,7 @@ def push(
         remote,
         IndexCache(store.path, remote, uuid),
         name,
-        load=load or partial(stored_record, store.env),
+        load=load or partial(stored_record, store.env, store.fetcher),
         replace=replace,
         on_progress=silent,
         on_sent=on_sent,

@@ -4,7 +4,8 @@ FILE].
 
 Killed with SIGKILL, after a time or at a system call (`crashes.instants`): import of files,
 directories, archives and streams, clone, rename, rm, gc (and gc --compact where there is one),
-check, check --repair on a store that was damaged, export, and nbdkit while clients read; alone or
+check, check --repair on a store that was damaged, export, pull (and pull --lazy) from a remote in a
+directory, evict, and nbdkit while clients read, of lazy images, too; alone or
 two to four at once on one store. After each round the store opens, check finds nothing, every name
 that a command had reported is there and its image is byte for byte its source, every name whose
 removal was reported is gone, and what an unfinished command would have done is there whole or not

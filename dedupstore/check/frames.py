@@ -14,6 +14,7 @@ import lmdb
 from blake3 import blake3
 
 from dedupstore import format as fmt
+from dedupstore import places
 from dedupstore.check.findings import Progress
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError
@@ -79,22 +80,35 @@ class FrameScrub:
 
     def _verify(self, frame: int) -> _Sound | str | None:
         """What a sound frame holds, else why it is not sound; None: vanished."""
+        env = self._env
         try:
-            with self._env.read() as txn:
-                record = read_frame(txn, self._env, frame)
+            with env.read() as txn:
+                record = read_frame(txn, env, frame)
+                if record is None:
+                    return None
+                elsewhere = fmt.is_distant(record)
+                if elsewhere and env.remote is not None:
+                    return judge(txn, env, record, frame, self._codecs)
         except ChunkDamagedError as error:
             return error.reason
-        return None if record is None else verify_contents(record, frame, self._codecs)
+        if elsewhere:  # the first one came while this process had the store open
+            env.open_remote()
+            return self._verify(frame)
+        return verify_contents(record, frame, self._codecs)
+
+    def distant(self) -> Iterator[int]:
+        """The sound frames whose bytes are in a remote."""
+        return (frame for frame, table in self.tables.items() if _is_distant(table))
 
     def slots(self, frame: int) -> Iterator[tuple[bytes, int, int]]:
         """(digest, length, state) of a sound frame's slots."""
         return split_table(self.tables.get(frame, b""))
 
-    def holds(self, digest: bytes, ref: int) -> bool:
-        """Whether a reference leads to a sound chunk of this digest."""
+    def holds(self, digest: bytes, ref: int, state: int = fmt.SLOT_PRESENT) -> bool:
+        """Whether a reference leads to a sound chunk of this digest, in this state."""
         at = _SLOT_BYTES * (ref & fmt.REF_SLOT_MASK)
         slot = self.tables.get(ref >> fmt.REF_SLOT_BITS, b"")[at : at + _SLOT_BYTES]
-        return slot[:32] == digest and _state(slot) == fmt.SLOT_PRESENT
+        return slot[:32] == digest and _state(slot) == state
 
     def is_unchanged(self, txn: lmdb.Transaction, frame: int) -> bool:
         """Whether a frame is as it was when it was verified, no gc having changed it since."""
@@ -110,6 +124,22 @@ class FrameScrub:
             for slot, (digest, length, state) in enumerate(self.slots(frame)):
                 if state == fmt.SLOT_ABSENT:
                     yield fmt.make_ref(frame, slot), fmt.LostChunk(digest, length)
+
+
+def judge(
+    txn: lmdb.Transaction, env: Environment, record: fmt.Buffer, frame: int, codecs: Codecs
+) -> _Sound | str:
+    """What a frame holds if all of it is sound, which for bytes that are elsewhere means that it is
+    known where; else why it is not."""
+    result = verify_contents(record, frame, codecs)
+    if isinstance(result, str) or not fmt.is_distant(record):
+        return result
+    remote = env.remote
+    try:
+        found = None if remote is None else places.find_places(txn, remote, frame)
+    except StoreDamagedError as error:
+        return str(error)
+    return result if found is not None and found.places else "nothing says where its bytes are"
 
 
 def verify_contents(record: fmt.Buffer, frame: int, codecs: Codecs) -> _Sound | str:
@@ -128,6 +158,11 @@ def verify_contents(record: fmt.Buffer, frame: int, codecs: Codecs) -> _Sound | 
             return f"slot {i} does not have its digest"
     if offsets[-1] != len(raw):
         return "slots and contents differ in length"
+    elsewhere = {slot.state for slot in header.slots} - {fmt.SLOT_DROPPED}
+    if (fmt.SLOT_DISTANT in elsewhere or fmt.is_distant(record)) and not (
+        fmt.is_distant(record) and elsewhere == {fmt.SLOT_DISTANT}
+    ):
+        return "slots and codec disagree about where its bytes are"
     table_at = header.payload_at - _SLOT_BYTES * len(header.slots)
     return bytes(record[table_at : header.payload_at]), len(raw)
 
@@ -137,6 +172,10 @@ def split_table(table: bytes) -> Iterator[tuple[bytes, int, int]]:
     for at in range(0, len(table), _SLOT_BYTES):
         packed = int.from_bytes(table[at + 32 : at + 36], "little")
         yield table[at : at + 32], packed & ((1 << 30) - 1), packed >> 30
+
+
+def _is_distant(table: bytes) -> bool:
+    return any(state == fmt.SLOT_DISTANT for _, _, state in split_table(table))
 
 
 def _state(slot: bytes) -> int:

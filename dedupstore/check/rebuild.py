@@ -9,7 +9,6 @@ found by an ordinary check, and mended by an ordinary repair. Not thread-safe.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import time
 import uuid
@@ -23,14 +22,17 @@ import lmdb
 from dedupstore import catalog
 from dedupstore import format as fmt
 from dedupstore.check.findings import Finding
-from dedupstore.check.records import FRAME_NUMBERS_SKIPPED
+from dedupstore.check.records import FRAME_NUMBERS_SKIPPED, rebuild_index
 from dedupstore.check.salvage import salvage
 from dedupstore.check.sources import Origin
 from dedupstore.constants import IMAGE_NAME_BYTES_MAX
+from dedupstore.durability import sync_directory
 from dedupstore.env import DATA_FILE, LOCK_FILE, Environment
 from dedupstore.errors import ChunkDamagedError, DedupError, StoreAccessError, StoreDamagedError
 from dedupstore.frames import TOTALS_KEY, count_totals, measure, write_totals
 from dedupstore.pages import RecordReader
+from dedupstore.places import decode_places
+from dedupstore.values import has_value
 
 DAMAGED_FILE = "data.mdb.damaged"
 _RECORDS_AT_ONCE = 256
@@ -57,7 +59,7 @@ def rebuild(store: Path) -> int:
             damaged.unlink(missing_ok=True)
             damaged.hardlink_to(store / DATA_FILE)
             (directory / DATA_FILE).replace(store / DATA_FILE)
-            _sync(store)
+            sync_directory(store)
             return lost
         except OSError as error:
             raise StoreAccessError(f"{error.filename or store}: {error.strerror}") from None
@@ -98,7 +100,8 @@ def _fill(env: Environment, damaged: Path) -> int:
                 f"{damaged}: no superblock is left in it (make a new store with 'dedupstore init' "
                 "and import the images again)"
             )
-        _index(txn, env)
+        _forget_unplaced(txn, env)
+        rebuild_index(txn, env)
         counted = count_totals(txn, env, frame_next)
         if not frame_next or counted.frame_next > frame_next:
             counted = count_totals(txn, env, counted.frame_next + FRAME_NUMBERS_SKIPPED)
@@ -113,6 +116,9 @@ def _proven(key: bytes, value: bytes) -> _Record | None:
         if len(key) == fmt.FRAME_KEY_BYTES:
             # A damaged one, too, if the repair that follows can save some of its chunks.
             frame = fmt.decode_frame_key(key)
+            with suppress(StoreDamagedError):
+                decode_places(value, frame)
+                return "places", key, value
             if _is_sealed(value, frame) or salvage(value, frame, {}).found:
                 return "frames", key, value
         if len(key) == fmt.DIGEST_BYTES and len(value) > fmt.INDEX_BYTES:
@@ -126,6 +132,7 @@ def _proven(key: bytes, value: bytes) -> _Record | None:
         "totals": lambda record, _key: fmt.decode_totals(record),
         "view": fmt.decode_view,
         "lost": fmt.decode_lost,
+        "lazy": fmt.decode_wish,
         "remote": fmt.decode_remote,
     }
     kind = fmt.meta_kind(key)
@@ -154,13 +161,29 @@ def _is_sealed(record: fmt.Buffer, frame: int) -> bool:
 def _put(txn: lmdb.Transaction, env: Environment, database: str, key: bytes, value: bytes) -> None:
     """Keep a record; of several versions, which there are when the free list cannot be read, the
     frame that holds most, and the newest image."""
-    handle = getattr(env, database)
+    handle = env.ensure_remote(txn).places if database == "places" else getattr(env, database)
     there = txn.get(key, db=handle)
     if there is None or _worth(database, key, there) < _worth(database, key, value):
         txn.put(key, value, db=handle)
 
 
+def _forget_unplaced(txn: lmdb.Transaction, env: Environment) -> None:
+    """Delete the places of frames that are not here any more."""
+    remote = env.find_remote(txn)
+    if remote is None:
+        return
+    superblock = txn.get(fmt.SUPERBLOCK_KEY, db=env.meta) or b""
+    noted = fmt.with_incompatible(superblock, fmt.FEATURE_INCOMPAT_REMOTE)
+    txn.put(fmt.SUPERBLOCK_KEY, noted, db=env.meta)
+    for key in [bytes(key) for key in txn.cursor(db=remote.places).iternext(values=False)]:
+        if not has_value(txn, env.frames, key):
+            txn.delete(key, db=remote.places)
+
+
 def _worth(database: str, key: bytes, value: fmt.Buffer) -> int:
+    if database == "places":
+        record = decode_places(value, fmt.decode_frame_key(key))
+        return len(record.places) << 32 | record.used
     if database == "frames":
         frame = fmt.decode_frame_key(key)
         return measure(value, frame).chunks if _is_sealed(value, frame) else -1
@@ -203,20 +226,3 @@ def name_lost(env: Environment, sources: Sequence[Origin], lost: int) -> tuple[F
     if lost:
         found.append(Finding("images", f"{lost} names are lost"))
     return tuple(found)
-
-
-def _index(txn: lmdb.Transaction, env: Environment) -> None:
-    for key, record in txn.cursor(db=env.frames):
-        frame = fmt.decode_frame_key(key)
-        for slot, entry in enumerate(fmt.decode_frame_header(record, frame).slots):
-            if entry.state == fmt.SLOT_PRESENT:
-                value = fmt.encode_index(entry.digest, fmt.make_ref(frame, slot))
-                txn.put(entry.digest, value, db=env.chunks)
-
-
-def _sync(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

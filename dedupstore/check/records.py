@@ -7,17 +7,29 @@ write transaction; not thread-safe.
 
 from __future__ import annotations
 
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins
+from dedupstore import catalog, origins, places, quarantine
 from dedupstore import format as fmt
+from dedupstore.check.frames import judge
 from dedupstore.check.scrub import Scrub
 from dedupstore.env import Environment
-from dedupstore.errors import StoreDamagedError
-from dedupstore.frames import TOTALS_KEY, count_totals, read_totals, write_totals
+from dedupstore.errors import ChunkDamagedError, StoreDamagedError
+from dedupstore.frames import (
+    TOTALS_KEY,
+    Codecs,
+    count_totals,
+    read_frame,
+    read_head,
+    read_totals,
+    write_totals,
+)
 from dedupstore.leases import Reclaim, session_byte
+from dedupstore.values import has_value
 
 # Looking for a flipped bit takes one checksum for each: a second for a record of this size.
 _RECORD_BYTES_MAX = 32 << 10
@@ -41,12 +53,15 @@ def mend_records(txn: lmdb.Transaction, env: Environment, store: Path, scrub: Sc
         _mend_image(txn, env, name)
     for digest in wounds.manifests:
         _mend_manifest(txn, env, digest, wounds.missing)
+    for key in wounds.places:
+        _mend_place(txn, env, key, scrub)
     for key in wounds.drafts:
         _mend_draft(txn, env, store, key)
     # The next import of a file has to read it, to store anew what is damaged here.
     origins.forget(txn, env)
-    if wounds.index:
-        rebuild_index(txn, env, scrub)
+    # Where there are remotes, not every entry that is missing is known to be.
+    if wounds.index or env.remote is not None:
+        rebuild_index(txn, env, scrub.frames.damaged)
     write_totals(txn, env, count_totals(txn, env, _next_frame(txn, env)))
 
 
@@ -62,6 +77,8 @@ def _mend_superblock(txn: lmdb.Transaction, env: Environment) -> None:
             )
         mended = fmt.encode_superblock(guessed)
     fmt.check_superblock(fmt.decode_superblock(mended), str(env.path.parent))
+    if env.remote is not None:
+        mended = fmt.with_incompatible(mended, fmt.FEATURE_INCOMPAT_REMOTE)
     txn.put(fmt.SUPERBLOCK_KEY, mended, db=env.meta)
 
 
@@ -144,17 +161,51 @@ def _mend_draft(txn: lmdb.Transaction, env: Environment, store: Path, key: bytes
             txn.delete(key, db=env.drafts)
 
 
-def rebuild_index(txn: lmdb.Transaction, env: Environment, scrub: Scrub) -> None:
-    """Write the index anew from the frames as they are now, but for those that are damaged."""
+def _mend_place(txn: lmdb.Transaction, env: Environment, key: bytes, scrub: Scrub) -> None:
+    """Mend a place record, or delete it: of what then nobody knows where it is, chunks are lost."""
+    remote = env.ensure_remote(txn)
+    if len(key) != fmt.FRAME_KEY_BYTES or not has_value(txn, env.frames, key):
+        txn.delete(key, db=remote.places)
+        return
+    frame = fmt.decode_frame_key(key)
+    _mend_or_delete(txn, remote.places, key, frame)
+    with suppress(ChunkDamagedError):
+        record = read_frame(txn, env, frame)
+        if record is not None and not isinstance(judge(txn, env, record, frame, Codecs()), str):
+            # It was in quarantine for its place only, if it was.
+            scrub.frames.damaged.pop(frame, None)
+            scrub.wounds.index = True
+            slots = fmt.decode_frame_header(record, frame).slots
+            quarantine.forget(txn, env, (fmt.make_ref(frame, at) for at in range(len(slots))))
+
+
+def rebuild_index(
+    txn: lmdb.Transaction, env: Environment, damaged: Container[int] = frozenset()
+) -> None:
+    """Write both indexes anew from the frames as they were before this transaction, but for those
+    that are damaged, or cannot be read. Of two copies of a chunk the index knows the one that no
+    remote has, which stays here."""
+    remote = env.find_remote(txn)
     txn.drop(env.chunks, delete=False)
-    for key, record in txn.cursor(db=env.frames):
+    if remote is not None:
+        txn.drop(remote.distant, delete=False)
+    for key in txn.cursor(db=env.frames).iternext(values=False):
         frame = fmt.decode_frame_key(key)
-        if frame in scrub.frames.damaged:
+        if frame in damaged:
             continue
-        for slot, entry in enumerate(fmt.decode_frame_header(record, frame).slots):
+        try:
+            head, _ = read_head(txn, env, frame) or (b"", 0)
+            slots = fmt.decode_frame_header(head, frame).slots
+        except ChunkDamagedError:
+            continue
+        placed = remote is not None and has_value(txn, remote.places, bytes(key))
+        if fmt.is_distant(head):
+            places.index_distant(txn, env.ensure_remote(txn), frame, slots)
+            continue
+        for slot, entry in enumerate(slots):
             if entry.state == fmt.SLOT_PRESENT:
                 value = fmt.encode_index(entry.digest, fmt.make_ref(frame, slot))
-                txn.put(entry.digest, value, db=env.chunks)
+                txn.put(entry.digest, value, db=env.chunks, overwrite=not placed)
 
 
 def _next_frame(txn: lmdb.Transaction, env: Environment) -> int:

@@ -1,4 +1,5 @@
-"""Mending the contents of images: from what damaged frames still hold, and from other sources.
+"""Mending the contents of images: from remotes that have the same frames, from what damaged frames
+still hold, and from other sources.
 
 Owns the order, and what one commit contains (docs/format.md, "check --repair"): a chunk that is
 stored anew and the manifests that lead to it are committed together, so it is needed from then on.
@@ -9,18 +10,18 @@ by a batch of chunks; what is lost is listed. One repair belongs to one thread.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins, quarantine
+from dedupstore import catalog, origins, places, quarantine
 from dedupstore import format as fmt
-from dedupstore.check.frames import verify_contents
-from dedupstore.check.outline import chunks_of
+from dedupstore.check.frames import judge
 from dedupstore.check.records import mend_records
+from dedupstore.check.remotes import RemoteFrames
 from dedupstore.check.salvage import describe, salvage
 from dedupstore.check.scrub import Scrub
 from dedupstore.check.sources import Origin, Place
@@ -30,6 +31,7 @@ from dedupstore.errors import DedupError, SourceError, StoreDamagedError
 from dedupstore.frames import Codecs, FrameBuilder, FrameWriter, encode_new, find_chunk
 from dedupstore.ingest import Ingest
 from dedupstore.leases import Leases, Reclaim, image_byte
+from dedupstore.outline import is_whole
 from dedupstore.values import salvage_value
 
 _FRAMES_AT_ONCE = 64
@@ -64,7 +66,7 @@ def quarantine_damage(env: Environment, scrub: Scrub) -> None:
 
 def _is_sound(txn: lmdb.Transaction, env: Environment, frame: int, codecs: Codecs) -> bool:
     record = _record(txn, env, frame)
-    return record is not None and not isinstance(verify_contents(record, frame, codecs), str)
+    return record is not None and not isinstance(judge(txn, env, record, frame, codecs), str)
 
 
 def _record(txn: lmdb.Transaction, env: Environment, frame: int) -> bytes | None:
@@ -88,8 +90,11 @@ class Repair:
         self._store = store
         self._scrub = scrub
         self._codecs = Codecs()
+        self._remotes = RemoteFrames(env, self._codecs)
         # Digests of the manifests that may lead to lost chunks.
         self._hurt = set(scrub.wounds.hurt)
+        # Whether there is nobody to mend from but remotes.
+        self._alone = True
 
     def run(self, sources: Sequence[Origin]) -> None:
         """Mend what can be mended, from the store itself and then from each source in turn.
@@ -99,6 +104,7 @@ class Repair:
         env, wounds = self._env, self._scrub.wounds
         with env.write() as txn:
             mend_records(txn, env, self._store, self._scrub)
+        self._alone = not sources
         self._quarantine()
         quarantine.redirect_all(env)
         for source in sources:
@@ -126,27 +132,53 @@ class Repair:
         with env.write() as txn:
             quarantine.note(txn, env, {r: c for r, c in lost.items() if noted.get(r) != c})
         for batch in _batches(sorted(damaged), _FRAMES_AT_ONCE):
+            # Before the write lock is taken: it may take a while.
+            fetched = {frame: self._fetched(frame, indexed.get(frame, {})) for frame in batch}
             with env.write() as txn:
-                self._quarantine_frames(txn, batch, indexed)
+                self._quarantine_frames(txn, fetched, indexed)
+
+    def _fetched(self, frame: int, indexed: dict[int, bytes]) -> bytearray | None:
+        """The record to put in the place of a damaged frame that a remote has: with its bytes; or,
+        if the remote cannot be asked now, nothing is left here, and there is nobody else to ask,
+        without."""
+        if not self._remotes.places(frame):
+            return None
+        with self._env.read() as txn:
+            record = _record(txn, self._env, frame)
+        held = salvage(record or b"", frame, indexed)
+        fresh = self._remotes.record(frame, held.known)
+        if fresh is not None or held.found or not held.known:
+            return fresh
+        may_have_it = self._alone and self._remotes.is_unreachable(frame)
+        if not may_have_it or not all(chunk.length for chunk in held.known.values()):
+            return None
+        return fmt.encode_distant_frame(_slots(held.known, fmt.SLOT_DISTANT))
 
     def _quarantine_frames(
-        self, txn: lmdb.Transaction, frames: list[int], indexed: dict[int, dict[int, bytes]]
+        self,
+        txn: lmdb.Transaction,
+        fetched: dict[int, bytearray | None],
+        indexed: dict[int, dict[int, bytes]],
     ) -> None:
         env = self._env
         writer = FrameWriter(txn, env)
         found: dict[bytes, bytes] = {}
-        for frame in frames:
+        for frame, fresh in fetched.items():
             # Under the write lock now: a gc may have removed it since it was found damaged.
             record = _record(txn, env, frame)
-            if record is None or not isinstance(verify_contents(record, frame, self._codecs), str):
+            if record is None or not isinstance(judge(txn, env, record, frame, self._codecs), str):
                 continue
             held = salvage(record, frame, indexed.get(frame, {}))
-            found.update((held.known[slot].digest, data) for slot, data in held.found.items())
-            slots = [fmt.DROPPED] * (max(held.known, default=-1) + 1)
-            for slot, chunk in held.known.items():
-                slots[slot] = fmt.Slot(chunk.digest, chunk.length, fmt.SLOT_ABSENT)
-            writer.replace(frame, self._codecs.encode(slots, b"") if slots else None)
             lost = {fmt.make_ref(frame, slot): chunk for slot, chunk in held.known.items()}
+            if fresh is not None:
+                quarantine.note(txn, env, lost)  # out of both indexes
+                writer.restore(frame, fresh)
+                quarantine.forget(txn, env, lost)
+                continue
+            found.update((held.known[slot].digest, data) for slot, data in held.found.items())
+            slots = _slots(held.known, fmt.SLOT_ABSENT)
+            writer.replace(frame, self._codecs.encode(slots, b"") if slots else None)
+            places.forget_places(txn, env, frame)
             quarantine.note(txn, env, lost)
         self._store_anew(txn, writer, found)
 
@@ -173,12 +205,12 @@ class Repair:
 
     def _heal(self, source: Origin) -> None:
         """Bring back every chunk that an image has lost and the source has."""
-        wanted, places = self._wanted()
+        wanted, at = self._wanted()
         if not wanted:
             return
         chunks: dict[bytes, bytes] = {}
         held = 0
-        for digest, data in source.chunks(wanted, places):
+        for digest, data in source.chunks(wanted, at):
             chunks[digest] = data
             held += len(data)
             if held >= BATCH_BYTES:
@@ -195,7 +227,7 @@ class Repair:
         """The digests of the chunks that images have lost, and where they had them."""
         env = self._env
         wanted: set[bytes] = set()
-        places: set[Place] = set()
+        found: set[Place] = set()
         with env.read() as txn:
             lost = quarantine.read_lost(txn, env)
             for digest in self._hurt:
@@ -204,8 +236,8 @@ class Repair:
                     for place in _lost_places(manifest, lost):
                         wanted.add(place.digest)
                         if place.length:
-                            places.add(place)
-        return wanted, list(places)
+                            found.add(place)
+        return wanted, list(found)
 
     def _find_names(self, source: Origin, names: Iterable[bytes]) -> None:
         """Bring back records of names that are damaged."""
@@ -267,6 +299,14 @@ class Repair:
                     txn.delete(digest, db=env.manifests)
 
 
+def _slots(known: Mapping[int, fmt.LostChunk], state: int) -> list[fmt.Slot]:
+    """A frame's table with what is known of its chunks."""
+    slots = [fmt.DROPPED] * (max(known, default=-1) + 1)
+    for slot, chunk in known.items():
+        slots[slot] = fmt.Slot(chunk.digest, chunk.length, state)
+    return slots
+
+
 def _lost_places(manifest: fmt.ManifestRecord, lost: quarantine.Lost) -> Iterator[Place]:
     """Each lost chunk that a manifest leads to, with its place; length 0: place unknown."""
     offset = 0
@@ -285,16 +325,10 @@ def _lost_places(manifest: fmt.ManifestRecord, lost: quarantine.Lost) -> Iterato
 
 def _is_readable(txn: lmdb.Transaction, env: Environment, digest: bytes) -> bool:
     """Whether a manifest is here and leads to present chunks of the image's digest."""
-    hasher = fmt.ImageDigest()
     try:
-        manifest = catalog.read_manifest(txn, env, digest)
-        for length, chunk, is_present in chunks_of(txn, env, manifest):
-            if not is_present:
-                return False
-            hasher.add(length, chunk)
+        return is_whole(txn, env, catalog.read_manifest(txn, env, digest), digest)
     except DedupError:
         return False
-    return hasher.finish() == digest
 
 
 def _batches(items: list[int], size: int) -> Iterator[list[int]]:

@@ -83,8 +83,10 @@ def _header(record: bytes, frame: int) -> fmt.FrameHeader | None:
 
 def _contradicts(header: fmt.FrameHeader, indexed: Mapping[int, bytes]) -> bool:
     """Whether header and table show damage of their own, rather than the payload alone."""
-    present = {at: s for at, s in enumerate(header.slots) if s.state == fmt.SLOT_PRESENT}
-    if sum(slot.length for slot in present.values()) != header.raw_bytes:
+    elsewhere = header.codec == fmt.CODEC_DISTANT
+    state = fmt.SLOT_DISTANT if elsewhere else fmt.SLOT_PRESENT
+    present = {at: s for at, s in enumerate(header.slots) if s.state == state}
+    if not elsewhere and sum(slot.length for slot in present.values()) != header.raw_bytes:
         return True
     # What is not present is dropped: chunks are taken out of a frame all at once, or not at all.
     if present and any(s != fmt.DROPPED for s in header.slots if s.state != fmt.SLOT_PRESENT):

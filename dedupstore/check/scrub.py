@@ -7,18 +7,20 @@ are verified before (`run`). Records are seen in one snapshot. Not thread-safe.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import lmdb
 
-from dedupstore import catalog
+from dedupstore import catalog, places
 from dedupstore import format as fmt
 from dedupstore.check.findings import Finding, Progress
 from dedupstore.check.frames import FrameScrub
-from dedupstore.env import Environment
+from dedupstore.env import Environment, RemoteDatabases
 from dedupstore.errors import StoreDamagedError
 from dedupstore.frames import count_totals, read_totals
+from dedupstore.remote.configuration import list_remotes
 from dedupstore.values import has_value
 
 
@@ -36,6 +38,7 @@ class Wounds:
     images: list[bytes] = field(default_factory=list)
     manifests: list[bytes] = field(default_factory=list)
     drafts: list[bytes] = field(default_factory=list)
+    places: list[bytes] = field(default_factory=list)
     hurt: set[bytes] = field(default_factory=set)
     missing: set[bytes] = field(default_factory=set)
     known: dict[int, bytes] = field(default_factory=dict)
@@ -63,6 +66,7 @@ class Scrub:
         with self.env.read() as txn:
             self._verify_index(txn)
             self._verify_totals(txn)
+            self._verify_places(txn)
             self._verify_meta(txn)
             self._verify_images(txn)
             self._verify_drafts(txn)
@@ -77,7 +81,10 @@ class Scrub:
         if record is None:
             raise StoreDamagedError(f"{self.env.path}: not a dedupstore store")
         try:
-            fmt.check_superblock(fmt.decode_superblock(record), str(self.env.path.parent))
+            superblock = fmt.decode_superblock(record)
+            fmt.check_superblock(superblock, str(self.env.path.parent))
+            if self.env.remote and not superblock.features_incompat & fmt.FEATURE_INCOMPAT_REMOTE:
+                raise StoreDamagedError("superblock does not say that frames may be in remotes")
         except StoreDamagedError as error:
             self.wounds.superblock = True
             self._find("superblock", str(error))
@@ -95,11 +102,12 @@ class Scrub:
             self._find("totals", f"are {totals} but the frames give {counted}")
 
     def _verify_meta(self, txn: lmdb.Transaction) -> None:
-        """Origins, lost records, remotes, and that there is nothing else. Views come with the
-        images."""
+        """Origins, lost and lazy records, remotes, and that there is nothing else. Views come with
+        the images."""
         decoders: dict[str | None, tuple[str, Callable[[fmt.Buffer, bytes], object]]] = {
             "origin": ("origins", fmt.decode_origin),
             "lost": ("lost", fmt.decode_lost),
+            "lazy": ("lazy", fmt.decode_wish),
             "remote": ("remotes", fmt.decode_remote),
         }
         for key, record in txn.cursor(db=self.env.meta):
@@ -123,31 +131,58 @@ class Scrub:
     # --- index ---
 
     def _verify_index(self, txn: lmdb.Transaction) -> None:
-        """Every present chunk is indexed, every index entry leads to its chunk."""
+        """Every chunk is indexed that is here, or known to be elsewhere; every index entry leads to
+        its chunk."""
         env, frames = self.env, self.frames
         for frame in frames.tables:
             for slot, (digest, _, state) in enumerate(frames.slots(frame)):
-                if state != fmt.SLOT_PRESENT:
+                self.chunks += state == fmt.SLOT_PRESENT
+                if state not in (fmt.SLOT_PRESENT, fmt.SLOT_DISTANT):
                     continue
-                self.chunks += 1
+                database = env.chunks if state == fmt.SLOT_PRESENT else self._remote().distant
                 try:
-                    value = txn.get(digest, db=env.chunks)
-                    ref = None if value is None else fmt.decode_index(digest, value)
+                    known = self._is_indexed(txn, database, digest, state)
                 except StoreDamagedError as error:
                     self.wounds.index = True
                     self._find("index", str(error), chunk=f"{frame}.{slot}")
                     continue
-                # Another sound copy will do: damage to the index may have made an import store a
-                # chunk twice.
-                if ref is not None and frames.holds(digest, ref):
-                    continue
-                if ref != fmt.make_ref(frame, slot) and frames.is_unchanged(txn, frame):
+                if not known and not self._is_second(txn, frame, digest, state):
                     self.wounds.index = True
                     self._find("index", "does not know a stored chunk", chunk=f"{frame}.{slot}")
-        self._verify_no_dangling(txn)
+        self._verify_no_dangling(txn, env.chunks, fmt.SLOT_PRESENT)
+        if env.remote is not None:
+            self._verify_no_dangling(txn, env.remote.distant, fmt.SLOT_DISTANT)
 
-    def _verify_no_dangling(self, txn: lmdb.Transaction) -> None:
-        for key, value in txn.cursor(db=self.env.chunks):
+    def _remote(self) -> RemoteDatabases:
+        assert self.env.remote is not None  # or the frame would be damaged
+        return self.env.remote
+
+    def _is_indexed(
+        self, txn: lmdb.Transaction, database: lmdb._Database, digest: bytes, state: int
+    ) -> bool:
+        """Whether the index leads to a chunk. Another sound copy will do: a frame may be filled
+        whose chunks an import has stored since, and damage to the index may make one store a chunk
+        twice. Raises StoreDamagedError."""
+        value = txn.get(digest, db=database)
+        return value is not None and self.frames.holds(
+            digest, fmt.decode_index(digest, value), state
+        )
+
+    def _is_second(self, txn: lmdb.Transaction, frame: int, digest: bytes, state: int) -> bool:
+        """Whether a chunk need not be in the index: the other copy, which was, has been reclaimed
+        since, or its bytes have come. Or its frame has changed since it was verified."""
+        env = self.env
+        if state == fmt.SLOT_DISTANT:
+            second = has_value(txn, env.chunks, digest)
+        else:
+            key = fmt.frame_key(frame)
+            second = env.remote is not None and has_value(txn, env.remote.places, key)
+        return second or not self.frames.is_unchanged(txn, frame)
+
+    def _verify_no_dangling(
+        self, txn: lmdb.Transaction, database: lmdb._Database, state: int
+    ) -> None:
+        for key, value in txn.cursor(db=database):
             digest = bytes(key)
             try:
                 ref = fmt.decode_index(digest, value)
@@ -159,7 +194,8 @@ class Scrub:
             if frame in self.frames.damaged:
                 self.wounds.known[ref] = digest
             elif frame in self.frames.tables:
-                if not self.frames.holds(digest, ref) and self.frames.is_unchanged(txn, frame):
+                sound = self.frames.holds(digest, ref, state)
+                if not sound and self.frames.is_unchanged(txn, frame):
                     chunk = f"{frame}.{ref & fmt.REF_SLOT_MASK}"
                     self.wounds.index = True
                     self._find("index", "leads to a chunk that is not there", chunk=chunk)
@@ -167,6 +203,42 @@ class Scrub:
                 self.wounds.known[ref] = digest
                 self.wounds.index = True
                 self._find("index", "leads to a frame that is not there", chunk=str(frame))
+
+    # --- places ---
+
+    def _verify_places(self, txn: lmdb.Transaction) -> None:
+        """Every place record is sound and of a frame that is there, and of each frame that is
+        elsewhere a remote is known that has it. What frames lack is found with them."""
+        if self.env.remote is None:
+            return
+        known = {
+            record.number
+            for _, record in list_remotes(txn, self.env)
+            if isinstance(record, fmt.RemoteRecord)
+        }
+        unknown: Counter[int] = Counter()
+        distant = set(self.frames.distant())
+        for key, value in txn.cursor(db=self.env.remote.places):
+            where = {}
+            try:
+                frame = fmt.decode_frame_key(key)
+                where = {"chunk": str(frame)}
+                record = places.decode_places(value, frame)
+                if not has_value(txn, self.env.frames, bytes(key)):
+                    raise StoreDamagedError("place record of a frame that is not there")
+            except StoreDamagedError as error:
+                self.wounds.places.append(bytes(key))
+                self._find("places", str(error), **where)
+                continue
+            numbers = {place.remote for place in record.places}
+            if frame in distant and not numbers & known:
+                unknown[min(numbers)] += 1
+        for number, frames in unknown.items():
+            self._find(
+                "remotes",
+                f"{frames} frames are in remote number {number:08x}, which is not known any more "
+                "(add it again: 'dedupstore remote add')",
+            )
 
     # --- images, manifests, drafts ---
 
@@ -256,7 +328,7 @@ class Scrub:
                 return "is missing from the store"
             return self._verify_run(txn, hasher, length, ref, count)
         slots = list(self.frames.slots(frame))[slot : slot + count]
-        if any(state != fmt.SLOT_PRESENT for _, _, state in slots):
+        if any(state not in (fmt.SLOT_PRESENT, fmt.SLOT_DISTANT) for _, _, state in slots):
             return "its bytes are not in the store"
         if len(slots) != count or sum(size for _, size, _ in slots) != length:
             return "frame and manifest disagree"

@@ -10,16 +10,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from dedupstore import format as fmt
-from dedupstore.check.outline import chunks_of
 from dedupstore.check.salvage import salvage
 from dedupstore.check.sources import Found, Place
 from dedupstore.chunker import Segment
 from dedupstore.constants import EXTENT_SEGMENT_BYTES
 from dedupstore.env import DATA_FILE, Environment
 from dedupstore.errors import DedupError, SourceError, StoreDamagedError
-from dedupstore.frames import find_chunk
+from dedupstore.frames import find_chunk, read_head
+from dedupstore.outline import chunks_of
 from dedupstore.pages import verify_pages
 from dedupstore.sources import Source
+from dedupstore.values import salvage_value
 
 _FRAMES_CACHED = 64
 
@@ -70,10 +71,11 @@ class StoreOrigin:
         """The frames whose tables name one of `wanted`."""
         found = []
         with self._env.read() as txn:
-            for key, record in txn.cursor(db=self._env.frames):
+            for key in txn.cursor(db=self._env.frames).iternext(values=False):
                 with suppress(StoreDamagedError):
                     frame = fmt.decode_frame_key(key)
-                    header = fmt.decode_frame_header(record, frame)
+                    head, _ = read_head(txn, self._env, frame) or (b"", 0)
+                    header = fmt.decode_frame_header(head, frame)
                     if any(slot.digest in wanted for slot in header.slots):
                         found.append(frame)
         return found
@@ -207,8 +209,7 @@ class _Pieces:
 def _contents(env: Environment, frame: int) -> Iterator[Found]:
     """The chunks of a frame that are sound."""
     with env.read() as txn:
-        stored = txn.get(fmt.frame_key(frame), db=env.frames)
-        record = None if stored is None else bytes(stored)
+        record = salvage_value(txn, env, env.frames, fmt.frame_key(frame))
     if record is not None:
         held = salvage(record, frame, {})
         for slot, data in held.found.items():

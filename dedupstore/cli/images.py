@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import click
@@ -15,7 +16,7 @@ from dedupstore.cli.output import (
     print_table,
 )
 from dedupstore.creation import create_store
-from dedupstore.store import ImageInfo
+from dedupstore.store import ImageInfo, Laziness
 
 
 @click.command()
@@ -93,8 +94,9 @@ def info(context: Context, name: str, as_json: bool) -> None:
     """Show one image."""
     with context.open() as store:
         image = store.image(name)
+        lazy = store.laziness(name)
     if as_json:
-        print_json(image)
+        print_json({**asdict(image), "missing_bytes": 0, **(asdict(lazy) if lazy else {})})
         return
     print_pairs(
         {
@@ -106,8 +108,17 @@ def info(context: Context, name: str, as_json: bool) -> None:
             "chunks": str(image.chunks),
             "unique": human_bytes(image.unique_bytes),
             "zeros": human_bytes(image.zero_bytes),
+            **(_shown_laziness(lazy) if lazy else {}),
         }
     )
+
+
+def _shown_laziness(lazy: Laziness) -> dict[str, str]:
+    shown = {"elsewhere": human_bytes(lazy.missing_bytes)}
+    if lazy.prefetch != "none":
+        paused = ", paused" if lazy.paused else ""
+        shown["prefetch"] = f"{lazy.prefetch}, {lazy.done:.0%} done{paused}"
+    return shown
 
 
 @click.command()

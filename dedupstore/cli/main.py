@@ -25,6 +25,7 @@ _MODULES = {
     "clone": "images",
     "detach": "mounting",
     "diff": "images",
+    "evict": "pulling",
     "export": "transfers",
     "gc": "maintenance",
     "import": "transfers",
@@ -32,6 +33,8 @@ _MODULES = {
     "init": "images",
     "ls": "images",
     "mount": "mounting",
+    "prefetch": "pulling",
+    "pull": "pulling",
     "push": "remotes",
     "reconnect": "mounting",
     "remote": "remotes",
@@ -39,6 +42,8 @@ _MODULES = {
     "rm": "images",
     "serve": "serving",
     "stats": "maintenance",
+    "sync": "syncing",
+    "trace": "tracing",
     "umount": "mounting",
 }
 

@@ -141,6 +141,11 @@ def stats(context: Context, as_json: bool) -> None:
             "file": f"{human_bytes(found.file_bytes)} on disk",
             "chunks": str(found.chunks),
         }
+        | (
+            {"in remotes": f"{human_bytes(found.distant_bytes)} in {found.distant_chunks} chunks"}
+            if found.distant_frames
+            else {}
+        )
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from functools import partial
 from uuid import UUID
 
 import click
@@ -19,6 +18,7 @@ from dedupstore.cli.output import (
     progress,
 )
 from dedupstore.errors import StoreDamagedError
+from dedupstore.places import needs_remote
 from dedupstore.remote import layout
 from dedupstore.remote.collecting import GRACE_SECONDS, RemoteCollected, collect_remote
 from dedupstore.remote.configuration import (
@@ -28,9 +28,8 @@ from dedupstore.remote.configuration import (
     list_remotes,
     remove_remote,
 )
-from dedupstore.remote.indexcache import IndexCache
 from dedupstore.remote.objects import without_credentials
-from dedupstore.remote.pushing import Pushed, push_image, stored_record
+from dedupstore.remote.pushing import Pushed
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -94,7 +93,7 @@ def _remote_document(name: str, record: fmt.RemoteRecord) -> dict[str, object]:
 def remote_rm(context: Context, name: str) -> None:
     """Forget a remote. What is in it stays as it is."""
     with context.open() as store:
-        remove_remote(store.env, name, lambda _txn, _number: None)
+        remove_remote(store.env, name, lambda txn, number: needs_remote(txn, store.env, number))
 
 
 @remote.command("images")
@@ -217,30 +216,19 @@ def push(
     with context.open(grows=True) as store:
         for name in dict.fromkeys(names):
             store.image(name)
-        found, uuid = find_to_change(store.env, remote_name)
-        found.probe()
-        cache = IndexCache(store.path, found, uuid)
+        pusher = store.pusher(remote_name)
         for name in dict.fromkeys(names):
             with progress(f"push {name}") as on_progress:
-                pushed = push_image(
-                    store.env,
-                    store.leases,
-                    found,
-                    cache,
-                    name,
-                    load=partial(stored_record, store.env),
-                    replace=replace,
-                    on_progress=on_progress,
-                    on_sent=lambda _frame, _pack, _offset, _length: None,
-                )
+                pushed = pusher.push(name, on_progress, replace=replace)
             done.append(pushed)
             if not as_json:
-                _show_pushed(pushed)
+                show_pushed(pushed)
     if as_json:
         print_json({"images": done})
 
 
-def _show_pushed(pushed: Pushed) -> None:
+def show_pushed(pushed: Pushed) -> None:
+    """Say what a push did."""
     if not pushed.sent_bytes:
         click.echo(f"{pushed.name}: is there already")
         return

@@ -37,7 +37,6 @@ TOO_MANY_INODES = "more inodes than the image has room for"
 # 104 ms (21,079, 74), 16 KiB 99 ms (14,272, 123), 64 KiB 112 ms (7,633, 334), 128 KiB 134 ms (504).
 WINDOW_GAP_BYTES = 16 << 10
 WINDOW_BYTES_MAX = 256 << 10
-_WINDOW_GAP_NIDS = WINDOW_GAP_BYTES // INODE_SLOT_BYTES
 _WINDOW_NIDS_MAX = WINDOW_BYTES_MAX // INODE_SLOT_BYTES
 
 COMPACT_INODE_BYTES = 32
@@ -149,32 +148,49 @@ def read_inode(window: bytes, at: int, offset: int, epoch: int, epoch_ns: int) -
 
 
 def windows(
-    space: Space, nids: Sequence[int], block_bytes: int
+    space: Space, nids: Sequence[int], block_bytes: int, gap_bytes: int = WINDOW_GAP_BYTES
 ) -> Iterator[tuple[bytes, int, Sequence[int]]]:
     """Read the inodes `nids` of one space: yield bytes, where they begin, and whose they are.
 
     `nids` ascend. Each window holds at least the compact form of its inodes and stays the space's
-    window until the next is asked for. Raises `ErofsError` when an inode lies outside the space.
+    window until the next is asked for. Inodes that lie `gap_bytes` apart share one. Raises
+    `ErofsError` when an inode lies outside the space.
     """
     if not nids:
         return
     last = space.base + nids[-1] * INODE_SLOT_BYTES
     if last + COMPACT_INODE_BYTES > space.end:
         raise ErofsError(last, "an inode lies behind the end of the metadata")
-    for first, behind in _batches(nids):
-        origin = space.base + nids[first] * INODE_SLOT_BYTES
-        last = space.base + nids[behind - 1] * INODE_SLOT_BYTES
-        wanted = aligned(last + EXTENDED_INODE_BYTES, block_bytes) - origin
-        window = space.load_window(origin, last + COMPACT_INODE_BYTES - origin, wanted)
-        yield window, origin, nids[first:behind]
+    for first, behind in _batches(nids, gap_bytes):
+        origin, needed, wanted = _window(space, nids[first], nids[behind - 1], block_bytes)
+        yield space.load_window(origin, needed, wanted), origin, nids[first:behind]
 
 
-def _batches(nids: Sequence[int]) -> Iterator[tuple[int, int]]:
+def window_ranges(
+    space: Space, nids: Sequence[int], block_bytes: int, gap_bytes: int
+) -> list[tuple[int, int]]:
+    """What `windows` is going to read: (offset, length)."""
+    batches = _batches(nids, gap_bytes) if nids else ()
+    found = (_window(space, nids[a], nids[b - 1], block_bytes) for a, b in batches)
+    return [(origin, wanted) for origin, _, wanted in found]
+
+
+def _window(space: Space, first: int, last: int, block_bytes: int) -> tuple[int, int, int]:
+    """Where the window of these inodes and those between begins, and the bytes needed and wanted
+    from there on."""
+    origin = space.base + first * INODE_SLOT_BYTES
+    end = space.base + last * INODE_SLOT_BYTES
+    wanted = aligned(end + EXTENDED_INODE_BYTES, block_bytes) - origin
+    return origin, end + COMPACT_INODE_BYTES - origin, wanted
+
+
+def _batches(nids: Sequence[int], gap_bytes: int) -> Iterator[tuple[int, int]]:
     """Index ranges of ascending `nids` whose inodes are worth one read."""
+    gap = gap_bytes // INODE_SLOT_BYTES
     first = 0
     start = previous = nids[0]
     for index, nid in enumerate(nids):
-        if nid - previous > _WINDOW_GAP_NIDS or nid - start > _WINDOW_NIDS_MAX:
+        if nid - previous > gap or nid - start > _WINDOW_NIDS_MAX:
             yield first, index
             first, start = index, nid
         previous = nid

@@ -10,12 +10,13 @@ names. The tree takes some 700 bytes of memory per inode and 200 per name.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 
-from dedupstore.erofs import inodes
+from dedupstore.erofs import inodes, layouts
 from dedupstore.erofs.contents import ImageContent, Placer, extents
 from dedupstore.erofs.inodes import Inode, read_inode
 from dedupstore.erofs.listing import Entry, directory_entries
-from dedupstore.erofs.metadata import Budget, ReadAt, Space
+from dedupstore.erofs.metadata import PIECE_BYTES, Budget, ReadAt, Space
 from dedupstore.erofs.superblock import (
     COMPAT_PLAIN_XATTR_PREFIXES,
     COMPAT_SHARED_XATTRS_IN_METABOX,
@@ -39,10 +40,19 @@ _PREFIX_UNIT_BYTES = 4
 _Listing = tuple[Directory, list[Entry], int]  # the entries, and where the directory's inode lies
 
 
-def read_tree(read_at: ReadAt, size: int, data_bytes: int | None = None) -> Directory:
+Ahead = Callable[[list[tuple[int, int]]], None]
+"""Gets (offset, length) in the image of what is about to be read, as the image claims: it may lie
+outside."""
+
+
+def read_tree(
+    read_at: ReadAt, size: int, data_bytes: int | None = None, ahead: Ahead | None = None
+) -> Directory:
     """Return the tree of an EROFS image of `size` bytes that is stored uncompressed.
 
     `data_bytes`: what of the image is no hole, if that is known: it bounds the sum of the contents.
+    `ahead` is told what is about to be read, the inodes and the directories of a level at a time,
+    where reading many things at once is cheaper than one after the other.
 
     Attributes are those that the kernel shows. Files have an `ImageContent`, which calls `read_at`
     whenever it is read, and tells by its `pieces` where in the image they lie. Links are not
@@ -53,15 +63,18 @@ def read_tree(read_at: ReadAt, size: int, data_bytes: int | None = None) -> Dire
     unknown kind, when contents are compressed or on another device, and when the tree is larger
     than the image's size permits (see the module's bounds).
     """
-    return _Inventory(read_at, size, size if data_bytes is None else data_bytes).run()
+    return _Inventory(read_at, size, size if data_bytes is None else data_bytes, ahead).run()
 
 
 class _Inventory:
     """One walk: the nodes made so far, and the directories whose entries await theirs."""
 
-    def __init__(self, read_at: ReadAt, size: int, data_bytes: int) -> None:
+    def __init__(self, read_at: ReadAt, size: int, data_bytes: int, ahead: Ahead | None) -> None:
+        self._ahead = ahead
         superblock = read_superblock(read_at, size)
         self._superblock = superblock
+        # What lies between inodes is contents, which are not to be fetched with them from afar.
+        self._gap_bytes = superblock.block_bytes if ahead else inodes.WINDOW_GAP_BYTES
         self._read_at = read_at
         self._placer = Placer(superblock, size, data_bytes)
         budget = Budget(size)
@@ -106,13 +119,38 @@ class _Inventory:
         epoch, epoch_ns = self._superblock.epoch, self._superblock.epoch_ns
         block_bytes = self._superblock.block_bytes
         nodes = self._nodes
+        if self._ahead is not None:
+            self._announce(spaces, self._ahead)
         for space, wanted in spaces:
-            for window, origin, part in inodes.windows(space, wanted, block_bytes):
+            for window, origin, part in inodes.windows(space, wanted, block_bytes, self._gap_bytes):
                 delta = space.base - origin
                 for nid in part:
                     at = delta + nid * inodes.INODE_SLOT_BYTES
                     inode = read_inode(window, at, origin + at, epoch, epoch_ns)
                     nodes[nid] = self._node(space, inode)
+
+    def _announce(self, spaces: list[tuple[Space, list[int]]], ahead: Ahead) -> None:
+        """Tell what a wave is going to read: its inodes, then its directories."""
+        bits, block_bytes = self._superblock.block_bits, self._superblock.block_bytes
+        ahead(
+            [
+                r
+                for each in spaces
+                for r in inodes.window_ranges(*each, block_bytes, self._gap_bytes)
+            ]
+        )
+        blocks = []
+        for space, wanted in spaces:
+            for window, origin, part in inodes.windows(space, wanted, block_bytes, self._gap_bytes):
+                for nid in part:
+                    at = space.base - origin + nid * inodes.INODE_SLOT_BYTES
+                    layout, kind, size, first, _ = inodes.placement(window, at, origin + at)
+                    if kind == inodes.KIND_DIRECTORY and layout in (
+                        layouts.FLAT_PLAIN,
+                        layouts.FLAT_INLINE,
+                    ):
+                        blocks.append((first << bits, min(size, PIECE_BYTES)))
+        ahead(blocks)
 
     def _link(self, listings: list[_Listing]) -> None:
         """Give directories their entries, all of whose nodes are there."""

@@ -204,6 +204,7 @@ def _new(
         name=target.name,
         socket=str(socket),
         share=target.share,
+        may_fetch=target.may_fetch,
     )
     return Attachment(runtime.new_directory(export.digest), record, roots)
 
@@ -227,7 +228,8 @@ def plan(
             shlex.join(["mount", "--bind", str(source), str(made.file)]),
         ]
     made.record.device = str(device)
-    return made, [nbd.connect_command(device, socket, export.name, made.block_bytes)]
+    seconds = nbd.timeout_seconds(may_fetch=target.may_fetch)
+    return made, [nbd.connect_command(device, socket, export.name, made.block_bytes, seconds)]
 
 
 def _bind_file(source: Path, file: Path) -> None:
@@ -251,6 +253,7 @@ def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
             backend=made.backend,
             block=made.block_bytes,
             size=record.size,
+            timeout=nbd.timeout_seconds(may_fetch=record.may_fetch),
             roots=made.roots,
         )
         if not connected:

@@ -31,6 +31,8 @@ _NBDS_MAX = 128
 # sooner: so long a restart is felt. A request that takes a live server longer costs a connection;
 # with the last one, the device waits as after a restart.
 TIMEOUT_SECONDS = 5
+# The same where a request may have to wait for a remote, which the server does not do for longer.
+FETCH_TIMEOUT_SECONDS = 30
 # How long requests wait for new connections before they fail: for whoever sees to it that the
 # server comes back.
 DEAD_SECONDS = 300
@@ -78,11 +80,25 @@ def is_ours(device: Path, backend: str, roots: Roots) -> bool:
     return found.removesuffix(b"\n") == os.fsencode(backend)
 
 
+def timeout_seconds(*, may_fetch: bool) -> int:
+    """How long a device may wait for an answer; `may_fetch` as in `state.Target`."""
+    return FETCH_TIMEOUT_SECONDS if may_fetch else TIMEOUT_SECONDS
+
+
 def connect(
-    device: Path, server: Path, export: str, *, backend: str, block: int, size: int, roots: Roots
+    device: Path,
+    server: Path,
+    export: str,
+    *,
+    backend: str,
+    block: int,
+    size: int,
+    timeout: int,
+    roots: Roots,
 ) -> bool:
     """Connect a free device to an export of the server at a unix socket; `block` and `size` in
-    bytes. False: this kernel does not show whose its devices are (before Linux 5.14).
+    bytes, `timeout` in seconds. False: this kernel does not show whose its devices are (before
+    Linux 5.14).
 
     Raises MountError.
     """
@@ -95,7 +111,7 @@ def connect(
                 block=block,
                 flags=connections[0].flags,
                 backend=backend,
-                timeout_seconds=TIMEOUT_SECONDS,
+                timeout_seconds=timeout,
                 dead_seconds=DEAD_SECONDS,
             )
         except OSError as error:
@@ -126,10 +142,10 @@ def disconnect(device: Path, roots: Roots) -> None:
     wait(lambda: not (roots.sys / "block" / device.name / "pid").exists(), _EXIT_SECONDS)
 
 
-def connect_command(device: Path, server: Path, export: str, block: int) -> str:
+def connect_command(device: Path, server: Path, export: str, block: int, timeout: int) -> str:
     """What `connect` does, nearly, as a command for people."""
     words = ["nbd-client", "-unix", str(server), str(device), "-N", export, "-b", str(block)]
-    words += ["-C", str(_CONNECTIONS), "-timeout", str(TIMEOUT_SECONDS)]
+    words += ["-C", str(_CONNECTIONS), "-timeout", str(timeout)]
     return f"{shlex.join(words)}  # but by netlink itself, to outlive the server"
 
 

@@ -60,7 +60,8 @@ class Target:
     store can be closed.
 
     `share` is how (sharing.KERNEL, POOL or NONE); `export` is the image itself or its view;
-    `homes` are the views with the objects that a pool view does not have itself.
+    `homes` are the views with the objects that a pool view does not have itself. `may_fetch`: the
+    store knows remotes, from which a read may have to bring something.
     """
 
     store: Path
@@ -70,6 +71,7 @@ class Target:
     export: Export
     share: str = "none"
     homes: tuple[Export, ...] = ()
+    may_fetch: bool = False
 
 
 @dataclass(slots=True)
@@ -80,7 +82,7 @@ class Record:
     `name` its name when it was attached; `socket` is the server's. `share` is how it is mounted;
     `homes` are the digests of the exports that its mounts read from, besides its own. `device`: the
     nbd device, None with a file; `claims`: the names that `attach` gave the device out for;
-    `mounts`: the name that each directory was mounted by.
+    `mounts`: the name that each directory was mounted by. `may_fetch` as in `Target`.
     """
 
     store: str
@@ -95,6 +97,7 @@ class Record:
     device: str | None = None
     claims: list[str] = field(default_factory=list)
     mounts: dict[str, str] = field(default_factory=dict)
+    may_fetch: bool = False
 
     @property
     def export(self) -> Export:

@@ -31,10 +31,13 @@ def find_target(
     """What to mount for image `name` in the first of `modes` (sharing's) that it can be shared in.
 
     Deriving a view takes seconds for a large image, once; `on_progress` as for an import. A store
-    that has no room for it, or with a damaged chunk in the image, is no reason not to mount. Raises
+    that has no room for it, a damaged chunk in the image, or contents that are still in a remote,
+    all of which it would need, are no reason not to mount. Raises
     ImageNotFoundError, and for the last of `modes` NotShareableError and what else stops a view.
     """
     image = store.image(name)
+    if len(modes) > 1 and store.missing_bytes(name):
+        modes = modes[-1:]
     for position, mode in enumerate(modes):
         try:
             return _target(store, image, mode, on_progress or (lambda _done, _all: None))
@@ -55,4 +58,5 @@ def _target(store: Store, image: ImageInfo, mode: str, on_progress: Progress) ->
         export = Export(view.digest.hex(), view.size, _EROFS)
         homes = tuple(Export(home.hex(), size, _EROFS) for home, size in view.homes)
     path, uuid = store.path.resolve(), store.superblock.uuid.hex()
-    return Target(path, uuid, image.name, image.digest, export, mode, homes)
+    may_fetch = store.env.remote is not None
+    return Target(path, uuid, image.name, image.digest, export, mode, homes, may_fetch)

@@ -375,6 +375,7 @@ def _check_head(frame: PackedFrame, what: str) -> None:
     payload = frame.length - header.payload_at
     if (
         not header.slots
+        or header.codec == fmt.CODEC_DISTANT
         or not present
         or sum(slot.length for slot in header.slots) != header.raw_bytes
         or payload <= 0

@@ -46,8 +46,8 @@ Version = Any
 """A version of an object, to be handed back: nothing else may be done with it."""
 
 # No try of a read begins later than this after the first; with the timeout of one (`bucket`), every
-# read ends within 120 seconds, and within 45 where nothing comes at all.
-TRY_SECONDS = 30
+# read ends within 90 seconds, and within 23 where nothing comes at all.
+TRY_SECONDS = 12
 TRIES_MAX = 8
 BACKOFF_SECONDS = 0.1
 BACKOFF_SECONDS_MAX = 4.0
@@ -183,6 +183,11 @@ class Objects:
         return mirror.backend
 
     # --- what must be up to date: the first URL ---
+
+    @property
+    def listable(self) -> bool:
+        """Whether the first URL can be listed and written, which an HTTP server cannot."""
+        return bool(self._do("", lambda backend: backend).writable)
 
     def read_version(self, path: str, bytes_max: int) -> tuple[bytes, Version] | None:
         """An object of at most `bytes_max` bytes as it is now, and its version; None: there is

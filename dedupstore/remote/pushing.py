@@ -13,10 +13,12 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from blake3 import blake3
 
-from dedupstore import catalog
+from dedupstore import catalog, places
 from dedupstore import format as fmt
 from dedupstore.env import Environment
 from dedupstore.errors import (
@@ -26,9 +28,10 @@ from dedupstore.errors import (
     StoreDamagedError,
     shown,
 )
-from dedupstore.frames import read_frame
+from dedupstore.frames import Fetches, read_frame
 from dedupstore.leases import Leases, image_byte
 from dedupstore.remote import layout
+from dedupstore.remote.configuration import find_to_change
 from dedupstore.remote.indexcache import IndexCache
 from dedupstore.remote.remote import Remote, in_parallel, new_salt
 from dedupstore.remote.sending import Place, Sender, needed_frames, same_chunks
@@ -38,6 +41,7 @@ from dedupstore.remote.sending import Place, Sender, needed_frames, same_chunks
 _ROUNDS_MAX = 5
 # Indexes read at a time, so that as many are in memory.
 _INDEXES_AT_ONCE = 64
+_HOUR = 3600
 
 OnSent = Callable[[int, bytes, int, int], None]
 """Gets (local frame, pack id, offset, length) of each local frame that the remote has as it is,
@@ -58,6 +62,51 @@ class Pushed:
     new_bytes: int
     sent_bytes: int
     packs: int
+
+
+class Pusher:
+    """Pushes from one store to one remote. Not thread-safe."""
+
+    def __init__(
+        self,
+        env: Environment,
+        store: Path,
+        leases: Leases,
+        fetcher: Callable[[], Fetches],
+        remote: str,
+    ) -> None:
+        """`remote` by its name. Raises RemoteError: it is not known, cannot be written, is another
+        one than it was, or keeps no conditions."""
+        self._env = env
+        self._leases = leases
+        self._load = partial(stored_record, env, fetcher)
+        self._remote, uuid = find_to_change(env, remote)
+        self._remote.probe()
+        self._cache = IndexCache(store, self._remote, uuid)
+
+    def push(self, name: str, on_progress: Callable[[int, int], None], *, replace: bool) -> Pushed:
+        """Push an image: see `push_image`. The frames that went as they are have a further place
+        from now on, so that they may be dropped here when room is needed."""
+        sent: dict[int, places.Place] = {}
+        number = self._remote.number
+        pushed = push_image(
+            self._env,
+            self._leases,
+            self._remote,
+            self._cache,
+            name,
+            load=self._load,
+            replace=replace,
+            on_progress=on_progress,
+            on_sent=lambda frame, *place: sent.update({frame: places.Place(number, *place)}),
+        )
+        if sent:
+            places.add_places(self._env, sent, int(time.time()) // _HOUR)
+        return pushed
+
+    def delete(self, name: str) -> None:
+        """Take a name in the remote away. Raises RemoteNotFoundError, RemoteConflictError."""
+        self._remote.delete_root(name)
 
 
 def push_image(
@@ -110,15 +159,15 @@ def push_image(
         leases.release(image_byte(image.digest))
 
 
-def stored_record(env: Environment, frame: int) -> bytes:
-    """The verified record of a frame of the store: a `load` for images that are all here. Raises
-    ChunkDamagedError."""
+def stored_record(env: Environment, fetcher: Callable[[], Fetches], frame: int) -> bytes:
+    """The verified record of a frame, fetched if its bytes are in a remote. Raises
+    ChunkDamagedError, RemoteError."""
     with env.read() as txn:
         record = read_frame(txn, env, frame)
-        if record is None:
-            raise ChunkDamagedError(frame, "is missing from the store")
-        fmt.verify_frame(record, frame)
-        return bytes(record)
+    if record is None:
+        raise ChunkDamagedError(frame, "is missing from the store")
+    fmt.verify_frame(record, frame)
+    return bytes(fetcher().fetch(frame) if fmt.is_distant(record) else record)
 
 
 def _lease(env: Environment, leases: Leases, name: str) -> fmt.ImageRecord:

@@ -232,6 +232,14 @@ class Remote:
         """`length` bytes of a pack. `accept` raises a DedupError when they are wrong."""
         return self.objects.read_range(layout.pack_path(pack), offset, length, accept)
 
+    def has_pack(self, pack: bytes) -> bool:
+        """Whether a pack is there."""
+        try:
+            self.read(pack, 0, 1)
+        except RemoteNotFoundError:
+            return False
+        return True
+
 
 def open_frame(frame: layout.PackedFrame, record: fmt.Buffer, codecs: Codecs) -> bytes:
     """The raw bytes of a frame that was read from a pack, every chunk of it verified against its

@@ -204,10 +204,11 @@ class Sender:
 
 
 def _plan(frames: Mapping[int, Local], missing: frozenset[bytes]) -> list[_Task]:
-    """What to send of each frame. A chunk that is in two goes once."""
+    """What to send of each frame. A chunk that is in two goes once. In the order of their numbers:
+    an import's metadata then lies together."""
     left = set(missing)
     tasks = []
-    for frame, local in frames.items():
+    for frame, local in sorted(frames.items()):
         slots = []
         for i in sorted(local.read):
             if local.slots[i].digest in left:

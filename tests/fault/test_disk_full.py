@@ -15,9 +15,11 @@ import pytest
 
 from dedupstore.frames import TOTALS_KEY
 from dedupstore.store import Store
+from tests.conftest import noise, read_image
 from tests.fault.conftest import Command
 from tests.interop.corpus import Images
 from tests.interop.rig import DEDUPSTORE, Servers, StoreDirectory, refusal, run
+from tests.lazy import make_remote
 from tests.programs import require_program, require_root
 from tools.crashes import program
 
@@ -246,3 +248,26 @@ def _lose_totals(store: Path) -> str:
     with Store(store) as opened, opened.env.write() as txn:
         txn.delete(TOTALS_KEY, db=opened.env.meta)
     return ""
+
+
+def test_lazy_image_on_a_full_disk_is_served_and_stored_once_there_is_room(
+    disk: Disk, tmp_path: Path, command: Command
+) -> None:
+    data = noise(91, 3 << 20)
+    url = make_remote(tmp_path, {"far": data})
+    for words in (("remote", "add", "far", url), ("pull", "far", "far", "--lazy")):
+        assert command(disk.store.path, *words)[0] == 0
+    disk.fill(leave=64 << 10)
+    with Store(disk.store.path) as store:
+        distant = store.stats().distant_frames
+        assert read_image(store, "far") == data
+        store.fetcher().keeper.flush()
+        assert store.stats().distant_frames > distant // 2
+        assert store.fetcher().kept[1] > 0
+    no_room(command(disk.store.path, "pull", "far", "far", "--as", "whole"))
+    disk.free()
+    with Store(disk.store.path) as store:
+        assert read_image(store, "far") == data
+        store.fetcher().keeper.flush()
+        assert store.stats().distant_frames == 0
+    disk.store.check()

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class StoreDirectory:
     def do(self, *arguments: str | Path) -> str:
         """Run a command that must succeed silently; return what it printed."""
         result = self.cli(*arguments)
-        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.returncode, result.stderr) == (0, ""), result
         return result.stdout
 
     def refuse(self, *arguments: str | Path, status: int = 1) -> str:
@@ -202,7 +203,7 @@ class Server:
 
     def read(self, name: str = "") -> bytes:
         """A whole image as a client of its own sees it."""
-        target = self.directory / "copy"
+        target = self.directory / f"copy-{threading.get_ident()}"
         run("nbdcopy", self.uri(name), str(target))
         data = target.read_bytes()
         target.unlink()

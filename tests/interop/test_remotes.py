@@ -132,7 +132,7 @@ def test_frames_go_as_they_are_and_are_told_of(store: Store, add: Add, folder: P
     push(store, "r", "base", on_sent=lambda frame, *place: told.update({frame: place}))
     assert {fmt.frame_key(frame) for frame in told} == set(keys_of(store, "frames"))
     for frame, (pack, offset, length) in told.items():
-        local = stored_record(store.env, frame)
+        local = stored_record(store.env, store.fetcher, frame)
         there = (folder / layout.pack_path(pack)).read_bytes()[offset : offset + length]
         assert there[8:] == local[8:]
         fmt.verify_frame(there, layout.FRAME_SEED)
@@ -163,7 +163,7 @@ def test_what_is_loaded_may_come_from_elsewhere(store: Store, add: Add, remote: 
 
     def load(frame: int) -> bytes:
         asked.append(frame)
-        return stored_record(store.env, frame)
+        return stored_record(store.env, store.fetcher, frame)
 
     push(store, "r", "base", load=load)
     assert {fmt.frame_key(frame) for frame in asked} == set(keys_of(store, "frames"))
@@ -227,7 +227,7 @@ def test_the_image_stays_here_while_it_is_pushed(store: Store, add: Add, remote:
         if first.acquire(blocking=False):
             store.remove(["base"])
         assert store.collect_garbage().chunks == 0
-        return stored_record(store.env, frame)
+        return stored_record(store.env, store.fetcher, frame)
 
     push(store, "r", "base", load=load)
     assert image_bytes(remote, "base") == BASE
@@ -264,7 +264,7 @@ def test_a_name_that_another_took_meanwhile_is_not_overwritten(
         def load(frame: int) -> bytes:
             if first.acquire(blocking=False):
                 push(other, "r", "a")
-            return stored_record(store.env, frame)
+            return stored_record(store.env, store.fetcher, frame)
 
         with pytest.raises(RemoteConflictError, match="somebody else"):
             push(store, "r", "a", load=load)
@@ -286,7 +286,7 @@ def test_a_name_that_changed_since_it_was_looked_at_is_not_replaced(
         def load(frame: int) -> bytes:
             if first.acquire(blocking=False):
                 push(other, "r", "a", replace=True)
-            return stored_record(store.env, frame)
+            return stored_record(store.env, store.fetcher, frame)
 
         with pytest.raises(RemoteConflictError, match="somebody else"):
             push(store, "r", "a", load=load, replace=True)
@@ -396,7 +396,7 @@ def test_a_pack_that_a_gc_takes_from_under_a_push_is_sent_again(
     def load(frame: int) -> bytes:
         if first.acquire(blocking=False):
             collected.extend(collect(remote) for _ in range(rounds))
-        return stored_record(store.env, frame)
+        return stored_record(store.env, store.fetcher, frame)
 
     pushed = push(store, "r", "b", load=load)
     assert pushed.new_bytes > 0

@@ -4,6 +4,7 @@ which is the first process of namespaces of its own and knows no other units."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tests.interop.rig import (
     wait_until,
 )
 from tests.programs import require_program, require_root, unavailable
+from tools.ondemand import servers
 
 ROOT = Path(__file__).parents[2]
 UNITS = ("dedupstore@.service", "dedupstore@.socket")
@@ -306,3 +308,29 @@ def reclaimed(store: StoreDirectory) -> int:
     """How many manifests gc finds that nobody needs, and deletes."""
     found: int = json.loads(store.do("gc", "--json"))["manifests"]
     return found
+
+
+def test_unit_fetches_from_a_remote_with_the_drop_in_that_the_documentation_has(
+    systemd: Systemd, images: Images, short_path: Path
+) -> None:
+    require_program("nginx")
+    page = (ROOT / "docs" / "mounting.md").read_text()
+    (drop_in,) = (
+        text for text in re.findall(r"```ini\n(.*?)```", page, re.S) if "IPAddress" in text
+    )
+    directory = short_path / "units" / "dedupstore@.service.d"
+    directory.mkdir()
+    (directory / "network.conf").write_text(drop_in)
+    systemd.control("daemon-reload")
+    (short_path / "root").mkdir()
+    origin = StoreDirectory(short_path / "origin")
+    origin.create()
+    origin.do("import", images.derived, "lazy")
+    origin.do("remote", "add", "far", short_path / "root" / "far")
+    origin.do("push", "far", "lazy")
+    with servers.nginx(short_path / "root", short_path / "nginx") as web:
+        systemd.store.do("remote", "add", "far", f"{web.url}/far")
+        systemd.store.do("pull", "--lazy", "far", "lazy")
+        copy = short_path / "copy"
+        run("nbdcopy", systemd.uri.replace("/base?", "/lazy?"), copy)
+    assert copy.read_bytes() == images.derived.read_bytes()

@@ -54,6 +54,10 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], Callable[[bytes], bytes]]] 
         lambda record: fmt.decode_image(record, NAME),
         lambda body: guard(body, xxh3_64_intdigest(NAME)),
     ),
+    "lazy": (
+        lambda record: fmt.decode_wish(record, fmt.wish_key(KEY)),
+        lambda body: guard(body, xxh3_64_intdigest(fmt.wish_key(KEY))),
+    ),
     "draft": (fmt.decode_draft, guard),
     "frame key": (fmt.decode_frame_key, bytes),
     "name": (catalog.decode_name, bytes),

@@ -117,3 +117,18 @@ def test_cuts_depend_on_content_alone() -> None:
     data = noise(3, 1 << 20)
     assert cuts(data) == cuts(bytes(data))
     assert len(cuts(data)) > 8
+
+
+def test_cuts_outside_every_extent_are_metadata() -> None:
+    extents = [(8192, 20_000), (24_576, 24_577), (24_577, 2_000_000), (2_500_000, 3_000_000)]
+    size = 3_500_000
+    metadata, contents = [], []
+    for segment in segments_of_extents(size, extents):
+        at = segment.offset
+        for number, length in enumerate(segment.cuts):
+            (metadata if number in segment.metadata else contents).append((at, at + length))
+            at += length
+        assert max(segment.metadata, default=0) < len(segment.cuts)
+    assert all(any(a <= start and end <= b for a, b in extents) for start, end in contents)
+    assert all(all(end <= a or b <= start for a, b in extents) for start, end in metadata)
+    assert sum(end - start for start, end in metadata + contents) == size

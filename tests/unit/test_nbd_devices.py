@@ -9,7 +9,7 @@ import os
 import shlex
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dedupstore.mounts import attachments, handshake, kernel, nbd, netlink, serv
 from dedupstore.mounts.mounts import Host
 from dedupstore.mounts.nbd import Roots
 from dedupstore.mounts.state import Export, Runtime, Target, default_run, load_record
+from dedupstore.remote import fetching
 
 SIZE = 8 << 20
 EXPORT = Export("ab" * 32, SIZE, "erofs")
@@ -184,7 +185,7 @@ def test_kernel_that_does_not_show_whose_a_device_is_gives_none(
 ) -> None:
     driver.shows_backends = False
     device, roots = driver.roots.dev / "nbd0", driver.roots
-    options: Any = {"backend": "x", "block": 4096, "size": SIZE, "roots": roots}
+    options: Any = {"backend": "x", "block": 4096, "size": SIZE, "timeout": 5, "roots": roots}
     assert not nbd.connect(device, tmp_path / "s", "/x", **options)
     assert next(nbd.free_devices(roots)) == device
 
@@ -194,7 +195,9 @@ def test_server_with_another_size_under_that_name_is_refused(
 ) -> None:
     device, roots = driver.roots.dev / "nbd0", driver.roots
     with pytest.raises(MountError, match=f"'/x' has {SIZE} bytes, not 512"):
-        nbd.connect(device, tmp_path, "/x", backend="x", block=512, size=512, roots=roots)
+        nbd.connect(
+            device, tmp_path, "/x", backend="x", block=512, size=512, timeout=5, roots=roots
+        )
     assert driver.calls == []
 
 
@@ -236,6 +239,37 @@ def test_plan_of_mount_names_device_and_mount(
     assert mount == f"mount -t erofs -o ro {device} {anchor}"
     assert bind == f"mount --bind {anchor} {tmp_path}"
     assert host.plan_attach(target("base")) == [connect]
+
+
+@pytest.mark.parametrize("may_fetch", [False, True])
+def test_device_waits_longer_than_a_server_does_for_a_remote_and_no_longer_without_one(
+    host: Host,
+    driver: Driver,
+    target: Callable[[str], Target],
+    monkeypatch: pytest.MonkeyPatch,
+    may_fetch: bool,
+) -> None:
+    given: list[int] = []
+    connect = driver.connect
+
+    def noted(*arguments: Any, timeout_seconds: int, **options: Any) -> None:
+        given.append(timeout_seconds)
+        connect(*arguments, timeout_seconds=timeout_seconds, **options)
+
+    monkeypatch.setattr(netlink, "connect", noted)
+    image = replace(target("base"), may_fetch=may_fetch)
+    monkeypatch.setattr(
+        "dedupstore.mounts.mounts.find_server", lambda runtime, store, export: Path("/s")
+    )
+    (command,) = host.plan_attach(image)
+    host.attach(image)
+    seconds = nbd.timeout_seconds(may_fetch=may_fetch)
+    assert given == [seconds]
+    assert f" -timeout {seconds} " in command
+    if may_fetch:  # else the kernel would drop connections on which an EIO is about to come
+        assert seconds > fetching._READ_SECONDS
+    else:
+        assert seconds == nbd.TIMEOUT_SECONDS
 
 
 def test_netlink_asks_the_kernel_for_its_families() -> None:

@@ -21,11 +21,13 @@ from dedupstore.errors import ChunkDamagedError, SourceError, StoreAccessError, 
 from dedupstore.export import export_image
 from dedupstore.frames import TOTALS_KEY
 from dedupstore.pages import verify_pages
+from dedupstore.places import Place, add_places
 from dedupstore.remote.configuration import add_remote
 from dedupstore.store import Store
 from tests.conftest import (
     flip_record,
     flipped,
+    handle_of,
     import_bytes,
     keys_of,
     noise,
@@ -66,12 +68,14 @@ KINDS = {
     "superblock": Kind("meta", "superblock", is_meta("superblock")),
     "totals": Kind("meta", "totals", is_meta("totals")),
     "Frame record": Kind("frames", "chunk", names_image=True),
+    "Place record": Kind("places", "places"),
     "Index entry": Kind("chunks", "index"),
     "Manifest record": Kind("manifests", "manifests", names_image=True),
     "Image record": Kind("images", "images", lambda key: key == b"base", names_image=True),
     "View record": Kind("meta", "views", is_meta("view")),
     "Origin record": Kind("meta", "origins", is_meta("origin")),
     "Lost record": Kind("meta", "lost", is_meta("lost")),
+    "Lazy record": Kind("meta", "lazy", is_meta("lazy")),
     "Remote record": Kind("meta", "remotes", is_meta("remote")),
     "Draft record": Kind("drafts", "drafts"),
 }
@@ -101,6 +105,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             record = fmt.encode_lost(fmt.LostChunk(b"x" * 32, 4096), key)
             txn.put(key, record, db=store.env.meta)
         add_remote(store.env, "r", [str(directory / "remote")])
+        store.wish("base", fmt.PREFETCH_ALL)
+        where = tuple(Place(remote, bytes([remote]) * 32, 4096, 5000) for remote in (7, 8))
+        add_places(store.env, {1: where[0], 2: where[0]}, 500_000)
+        add_places(store.env, {1: where[1]}, 500_000)
     assert check_store(directory / "store").findings == ()
     with Store.create(directory / "second") as second:
         # In another order, and with more before them: nothing lies where the first store has it.
@@ -139,7 +147,7 @@ def assert_whole(path: Path, pristine: Path) -> None:
 
 
 def flip(store: Store, database: str, key: bytes, bits: list[int]) -> None:
-    handle = getattr(store.env, database)
+    handle = handle_of(store, database)
     with store.env.write() as txn:
         record = bytes(txn.get(key, db=handle))
         for bit in bits:
@@ -159,8 +167,9 @@ def test_flipped_bits_are_found_named_and_mended(
 ) -> None:
     path = store.path
     key = next(key for key in keys_of(store, kind.database) if kind.pick(key))
+    handle = handle_of(store, kind.database)
     with store.env.read() as txn:
-        bits = 8 * len(txn.get(key, db=getattr(store.env, kind.database)))
+        bits = 8 * len(txn.get(key, db=handle))
     if many and kind.found_as == "superblock":
         choices = [[8 * 40, 8 * 41 + 3]]  # what is left must say which release wrote it
     else:

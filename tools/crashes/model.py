@@ -77,7 +77,7 @@ class Model:
                 del self.names[name]
             else:
                 self.names[name] = key
-        if command.effect or command.kind in {"gc", "compact"}:
+        if command.effect or command.kind in {"gc", "compact", "evict"}:
             self.history.append(command.words)
 
     def hold_against(self, observed: Observed) -> int:

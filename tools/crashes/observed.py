@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,9 +44,15 @@ def _observe(path: Path) -> Observed:
         leftovers = [str(left) for left in (path / "tmp").iterdir()]
         checked = check_store(path)
         findings = [f"{found.what}: {found.reason}" for found in checked.findings]
-        with Store(path) as store:
-            images = {image.name: image.digest for image in store.images()}
-            contents, read = _read_all(store, images)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            # What is fetched to be looked at is stored in a copy: the store stays as it is.
+            with Store(path) as store:
+                images = {image.name: image.digest for image in store.images()}
+                seen = path
+                if store.stats().distant_frames:
+                    seen = Path(shutil.copytree(path, Path(directory) / "copy"))
+            with Store(seen) as store:
+                contents, read = _read_all(store, images)
     except (DedupError, OSError) as error:  # without tmp/ it is no whole store
         return Observed([str(error)], {}, {}, leftovers, 0)
     return Observed(findings, images, contents, leftovers, read)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.crashes import program
+from tools.crashes import far, program
 from tools.crashes.instants import After, AtCall, Instant, Never
 from tools.crashes.model import Command, Model
 
@@ -27,7 +27,7 @@ _LINGER_SECONDS = (0.0, 0.0, 0.02, 0.1)
 
 WEIGHTS_OF_KILLED = {
     "import": 36, "clone": 8, "rename": 8, "rm": 12, "gc": 15, "compact": 8, "check": 3,
-    "export": 6, "repair": 6, "serve": 4,
+    "export": 6, "repair": 6, "serve": 6, "pull": 8, "lazy": 12, "evict": 10,
 }  # fmt: skip
 # Those that write to the disk.
 WEIGHTS_OF_RECORDED = {
@@ -113,6 +113,10 @@ class Planner:
         if kind == "repair":
             # Damages the store first, which is nothing to do to others.
             return Command(kind, ("check", "--repair"), label=kind) if alone and free else None
+        if kind == "evict":
+            return Command(kind, ("evict", "0"), label=kind)
+        if kind in {"pull", "lazy"}:
+            return self._pull(source, kind) if len(self._model.names) < NAMES_MAX else None
         if kind == "import":
             return self._import(source) if len(self._model.names) < NAMES_MAX else None
         if not free:
@@ -150,6 +154,12 @@ class Planner:
             words = ("import", str(origin.path), name, *reread)
         stdin = origin.path if origin.streamed else None
         return Command("import", words, {name: key}, stdin=stdin, label=f"import {key}")
+
+    def _pull(self, source: random.Random, kind: str) -> Command:
+        key = source.choice(sorted(self._model.sources))
+        name = f"{key}.{self._next()}"
+        words = ("pull", far.NAME, key, "--as", name, *(("--lazy",) if kind == "lazy" else ()))
+        return Command(kind, words, {name: key}, label=f"{kind} {key}")
 
     def _next(self) -> int:
         self._number += 1

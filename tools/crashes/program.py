@@ -36,9 +36,10 @@ constants.GC_DELETE_FRAMES = 4
 constants.GC_REWRITE_BYTES = 512 << 10
 
 _main = importlib.import_module("dedupstore.cli.main")
-for _name in ("images", "maintenance", "transfers"):
+for _name in ("images", "maintenance", "pulling", "remotes", "transfers"):
     importlib.import_module(f"dedupstore.cli.{_name}")
-for _name in ("check", "export", "gc", "imports"):
+_MODULES = ("check", "export", "gc", "imports", "remote.evicting", "remote.pulling")
+for _name in _MODULES:
     importlib.import_module(f"dedupstore.{_name}")
 
 

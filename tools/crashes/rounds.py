@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from tools.crashes import corpus, instants, program, twins, wounds
+from tools.crashes import corpus, far, instants, program, twins, wounds
 from tools.crashes.model import Command, InvariantError, Model
 from tools.crashes.observed import observe
 from tools.crashes.plans import WEIGHTS_OF_KILLED, Planned, Planner, Spans
@@ -77,6 +77,7 @@ class Loop:
         self._kept = keep
         self._spans = Spans()
         self._sources = corpus.build(work / "sources")
+        self._far = far.build(work, self._sources)
 
     def run(self, *, epoch: int, rounds: int, seconds: float) -> None:
         """Run until `rounds` or `seconds` are reached, from an epoch on.
@@ -89,7 +90,13 @@ class Loop:
             deadline = begin + seconds
             with tempfile.TemporaryDirectory(prefix="epoch", dir=self._work) as directory:
                 _Epoch(
-                    epoch, Path(directory), self.figures, self._sources, self._spans, self._kept
+                    epoch,
+                    Path(directory),
+                    self.figures,
+                    self._sources,
+                    self._spans,
+                    self._kept,
+                    self._far,
                 ).run(count, deadline)
             epoch += 1
             self.figures.epochs += 1
@@ -111,7 +118,9 @@ class _Epoch:
         sources: dict[str, corpus.Source],
         spans: Spans,
         kept: Path | None,
+        far_url: Path,
     ) -> None:
+        self._far = far_url
         self._number = number
         self._kept = kept
         self._work = work
@@ -128,6 +137,7 @@ class _Epoch:
     def run(self, rounds: int, deadline: float) -> None:
         source = random.Random(f"{self._figures.seed}/{self._number}")
         program.must(self._store, "init")
+        far.know(self._store, self._far)
         number = 0
         try:
             while number < rounds and (time.monotonic() < deadline or number == 0):
@@ -218,7 +228,7 @@ class _Epoch:
     # --- the end ---
 
     def _close(self) -> None:
-        ours, theirs = twins.compare(self._store, self._model, self._work)
+        ours, theirs = twins.compare(self._store, self._model, self._work, self._far)
         left = twins.empty(self._store, self._model)
         figures = self._figures
         figures.pages_over_twin_max = max(figures.pages_over_twin_max, ours.pages - theirs.pages)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dedupstore.pages import verify_pages
 from dedupstore.store import Store
-from tools.crashes import program
+from tools.crashes import far, program
 from tools.crashes.model import InvariantError, Model
 
 # Pages in use, compared with the twin's: at most this share and this many more.
@@ -33,6 +33,7 @@ class Inventory:
     manifests: list[str]
     images: list[str]
     views: list[str]
+    elsewhere: int
     drafts: int
     frames: int
     pages: int
@@ -57,21 +58,31 @@ def _take(path: Path) -> Inventory:
             keys(env.manifests),
             keys(env.images),
             [key for key in keys(env.meta) if key.startswith(view)],
+            0
+            if env.remote is None
+            else env.entries(txn, env.remote.places) + env.entries(txn, env.remote.distant),
             env.entries(txn, env.drafts),
             env.entries(txn, env.frames),
             pages,
         )
 
 
-def compare(store: Path, model: Model, work: Path) -> tuple[Inventory, Inventory]:
-    """Collect garbage, and hold a store against its twin, which is made in `work`; returns both
-    inventories. Raises InvariantError."""
-    program.must(store, "gc")
+def compare(
+    store: Path, model: Model, work: Path, remote: Path | None = None
+) -> tuple[Inventory, Inventory]:
+    """Collect garbage, bring what is in the remote only, and hold a store against its twin, which
+    is made in `work`; returns both inventories. Raises InvariantError."""
     twin = work / "twin"
     program.must(twin, "init")
+    if remote is not None:
+        far.know(twin, remote)
     for words in model.history:
         _replay(twin, words, model)
-    program.must(twin, "gc")
+    for path in (store, twin):
+        program.must(path, "gc")
+        far.bring(path)
+        # Of frames that came whole, what nobody needs.
+        program.must(path, "gc")
     ours, theirs = take(store), take(twin)
     for what in ("chunks", "manifests", "images", "views"):
         here, there = set(getattr(ours, what)), set(getattr(theirs, what))
@@ -101,7 +112,7 @@ def empty(store: Path, model: Model) -> Inventory:
         program.must(store, "rm", *sorted(model.names))
     program.must(store, "gc")
     left = take(store)
-    if left.chunks or left.manifests or left.drafts or left.frames or left.views:
+    if left.chunks or left.manifests or left.drafts or left.frames or left.views or left.elsewhere:
         raise InvariantError(f"an emptied store holds {len(left.chunks)} chunks")
     if left.pages > EMPTY_PAGES:
         raise InvariantError(f"an emptied store has {left.pages} pages in use")

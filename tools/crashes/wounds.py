@@ -32,6 +32,13 @@ def _wound(path: Path, source: random.Random, frame_share: float) -> str:
             record = bytearray(txn.get(key, db=env.frames))
             record[source.randrange(len(record))] ^= 1 << source.randrange(8)
             txn.put(key, bytes(record), db=env.frames)
+        if env.remote is not None:
+            placed = [bytes(k) for k in txn.cursor(db=env.remote.places).iternext(values=False)]
+            for key in source.sample(placed, min(1, len(placed))):
+                record = bytearray(txn.get(key, db=env.remote.places))
+                for _ in range(source.choice((1, 3))):
+                    record[source.randrange(len(record))] ^= 1 << source.randrange(8)
+                txn.put(key, bytes(record), db=env.remote.places)
     return ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dedupstore.pages import verify_pages
-from tools.crashes import program, wounds
+from tools.crashes import far, program, wounds
 from tools.crashes.corpus import Source
 from tools.crashes.model import Effect
 
@@ -64,6 +64,7 @@ def build(sources: dict[str, Source], states: Path, run: Path) -> list[Scenario]
         program.must(hurt / "store", "gc")
         shutil.copytree(images / "store", hurt / "other")
         damage(hurt / "store")
+    remote = _remote(states, run, images, sources)
     other = str(run / "other")
 
     def path(key: str) -> str:
@@ -76,7 +77,11 @@ def build(sources: dict[str, Source], states: Path, run: Path) -> list[Scenario]
         words = [word for origin in origins for word in ("--from", origin)]
         return Scenario(name, ("check", "--repair", *words), state, held, {}, wounded=True)
 
+    def with_remote(name: str, *words: str, effect: Effect | None = None) -> Scenario:
+        return Scenario(name, words, remote, {**held, "lazy": _GARBAGE}, effect or {})
+
     new: Effect = {"new": "erofs4"}
+    pulling = ("pull", far.NAME, "erofs4", "--as", "new")
     return [
         Scenario("init", ("init",), nothing, {}, {}),
         on_images("import file", "import", path("erofs4"), "new", effect=new),
@@ -108,6 +113,10 @@ def build(sources: dict[str, Source], states: Path, run: Path) -> list[Scenario]
             {},
             target=("out", "tree0"),
         ),
+        with_remote("pull", *pulling, effect=new),
+        with_remote("pull --lazy", *pulling, "--lazy", effect=new),
+        with_remote("push", "push", far.NAME, "raw", "tree0"),
+        with_remote("evict", "evict", "0"),
         mending("repair from a store", wounded, other),
         mending("repair from files", wounded, *(path(key) for key in ("erofs2", "raw")), other),
         mending("repair of pages", pages, other),
@@ -120,6 +129,22 @@ def _fill(store: Path, sources: dict[str, Source]) -> None:
     for key in (_HELD[0], _GARBAGE, *_HELD[1:]):
         program.must(store, "import", str(sources[key].path), key)
     program.must(store, "rm", _GARBAGE)
+
+
+def _remote(states: Path, run: Path, images: Path, sources: dict[str, Source]) -> Path:
+    """The images, a lazy one, and the remote that it is in: made where they will be used, since a
+    store knows where its remote is. Some of the contents have come, and may go again."""
+    shutil.copytree(images, run)
+    url = far.build(run, {key: sources[key] for key in (_GARBAGE, "erofs4", "erofs2")})
+    shutil.rmtree(run / "origin")
+    far.know(run / "store", url)
+    program.must(run / "store", "pull", far.NAME, "erofs2", "--as", "gone")
+    program.must(run / "store", "pull", far.NAME, _GARBAGE, "--as", "lazy", "--lazy")
+    program.must(run / "store", "push", far.NAME, "erofs2")
+    program.must(run / "store", "rm", "gone")
+    state = states / "remote"
+    run.rename(state)
+    return state
 
 
 def _damage_records(store: Path) -> None:

@@ -64,8 +64,7 @@ def run(data: bytes) -> None:
     try:
         os.write(file, data[1:] if whole else _patched(data))
         path = Path(f"/proc/self/fd/{file}")
-        # Nobody is just creating this file. Undone after each input: tests run this in their
-        # process.
+        # Nobody is just creating this file. Undone after each input: tests run it in theirs.
         with patch.object(datafile, "_CREATION_WAITS", ()):
             sound = _passes(path)
         if sound:

@@ -21,6 +21,7 @@ NAMES = (
     "mount_records",
     "handshake",
     "remotes",
+    "trace_files",
 )
 
 
