@@ -114,6 +114,19 @@ def _tell_restarts(figures: Figures) -> list[str]:
     return lines
 
 
+def _tell_storms(figures: Figures) -> list[str]:
+    return [
+        f"{figures['reads']:,} reads, {_megabytes(figures['bytes'])} compared, in "
+        f"{figures['rounds']} rounds of {figures['seconds']:.0f} s in all: nothing wrong",
+        f"{figures['failed']:,} reads ended with EIO, the longest took "
+        f"{figures['longest_seconds']:.1f} s; everything could be read after each storm",
+        f"{figures['requests']:,} requests over the link; what went wrong there: "
+        f"{_counts(figures['faults'])}",
+        f"meanwhile {figures['kills']} times kill -9 of a server, {figures['evictions']} times "
+        "`evict`",
+    ]
+
+
 def _tell_fuzzing(figures: Figures) -> list[str]:
     lines = [f"{figures['executions']:,} executions, nothing found that is not mended"]
     lines += [
@@ -146,6 +159,7 @@ ATTACKS = (
     Attack("fault_loop", f"--seconds {{}} --seed {_SEED}", _tell_faults),
     Attack("soak", "--seconds {} --quiet 15", _tell_soak),
     Attack("restarts", f"--rounds 20 --seed {_SEED}", _tell_restarts),
+    Attack("remote_faults", f"--seconds {{}} --seed {_SEED}", _tell_storms),
     Attack("fuzz", "--all --seconds {}", _tell_fuzzing),
 )
 

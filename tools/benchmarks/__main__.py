@@ -21,6 +21,7 @@ from tools.benchmarks import (
     connections,
     corpus,
     mounted,
+    ondemand,
     plots,
     policy,
     scaling,
@@ -44,6 +45,8 @@ SUITES: dict[str, Callable[[Bench], None]] = {
     "scaling-chunks": scaling_chunks.chunks,
     "scaling-connections": connections.connections,
     "policy": policy.policy,
+    "ondemand": ondemand.ondemand,
+    "ondemand-links": ondemand.links,
 }
 
 

@@ -160,12 +160,12 @@ class Desync(Tool):
     @classmethod
     def available(cls) -> bool:
         """Whether it is on PATH or can be fetched; says on standard error why it cannot."""
-        return _desync() is not None
+        return desync() is not None
 
     @classmethod
     def version(cls) -> str:
         """The Debian package's version, because the program does not tell its own."""
-        program = Path(_desync() or "")
+        program = Path(desync() or "")
         for usr in (program.parents[1], program.parent / "root/usr"):
             changelog = usr / "share/doc/desync/changelog.Debian.gz"
             if changelog.exists():
@@ -183,7 +183,7 @@ class Desync(Tool):
         self._run("extract", "-s", self.target / "store", index, directory / name)
 
     def _run(self, *arguments: object) -> None:
-        run(_desync(), *arguments, HOME=str(self.cache))  # for its configuration
+        run(desync(), *arguments, HOME=str(self.cache))  # for its configuration
 
 
 class Restic(Tool):
@@ -221,7 +221,7 @@ TOOLS: tuple[type[Tool], ...] = (DedupStore, Borg, Casync, Restic, Desync)
 
 
 @cache
-def _desync() -> str | None:
+def desync() -> str | None:
     """The program's path: from PATH, else as fetched; None when it cannot be had."""
     found = shutil.which("desync")
     if found is None:

@@ -59,7 +59,7 @@ class Mounts:
         # Not in the suite's work directory: the paths of sockets below have to stay short.
         runtime = tempfile.TemporaryDirectory(prefix="dedupbench-")
         self._runtime = Path(self._ends.enter_context(runtime))
-        self._environment = {"DEDUPSTORE_RUN": str(self._runtime)}
+        self.environment = {"DEDUPSTORE_RUN": str(self._runtime)}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -69,8 +69,8 @@ class Mounts:
         """Mount an image on `directory`, which is made if need be."""
         directory.mkdir(exist_ok=True)
         command = [DEDUPSTORE, "--store", self._store]
-        run(*command, "mount", f"--share={share}", name, directory, **self._environment)
-        self._ends.callback(run, *command, "umount", directory, **self._environment)
+        run(*command, "mount", f"--share={share}", name, directory, **self.environment)
+        self._ends.callback(run, *command, "umount", directory, **self.environment)
 
     def metrics(self) -> Path:
         """The metrics socket of the server that the first mount has started."""

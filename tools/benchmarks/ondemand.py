@@ -1,0 +1,217 @@
+"""Images whose bytes are elsewhere: what it takes until they can be used, and what moves.
+
+The remote is behind a link (tools/ondemand/link.py) of 20 ms and 100 Mbit/s: `ondemand`; of other
+kinds: `ondemand-links`. Served by nginx, which costs a tenth of what the link lets through; pushes
+go to SeaweedFS' S3 gateway. The image is the third of the corpus (1.1 GB); the derived one is the
+second, with the first one as its base. Each figure starts with an empty store of its own and cold
+kernel caches. Programs of this machine (nbdkit, the commands) are in memory, and have to be
+started: of `pull --lazy`, mount and interpreter that is a second on two cores.
+
+What makes these figures meaningless, beside what the package says:
+- another link in the way: the proxy carries 1 Gbit/s with a tenth of a core and 600 MB/s at most.
+  It has no slow start and no loss, which flatters whoever opens connections often or moves little
+  on each; all three here keep theirs open;
+- a local disk that is slower than the link;
+- reading the shares of the link from short runs: the first second of a pull is start-up;
+- "casync mount" reads a tree of files, not a block device: what it fetches for one file is more,
+  because its chunks span files; its row of the first byte is a listing of the root.
+
+"Fetched" counts every byte that came over the link, headers and manifests included, compressed as
+they are. "Touched" are the bytes of distinct chunks that were read, uncompressed, as a trace has
+recorded them. The same in one unit, uncompressed bytes that came, is beside it: more, since what
+comes are frames, in which chunks are compressed together.
+
+    tools/bench ondemand ondemand-links
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.benchmarks import deltas
+from tools.benchmarks.lazymounts import IMAGE, LAZY, Lazy, Ours, python_command, start_python
+from tools.benchmarks.mounted import Mounts
+from tools.benchmarks.processes import DEDUPSTORE, run
+from tools.benchmarks.remotes import RATE, RTT, Observed, Site, site, workplace
+from tools.benchmarks.report import Bench, alternate
+from tools.ondemand.link import MEGABIT
+
+_OTHER_LINKS = {"1 ms, 1 Gbit/s": (0.001, 1000 * MEGABIT), "80 ms, 50 Mbit/s": (0.08, 50 * MEGABIT)}
+_FULL = "pull, mount"
+_LOCAL = "local"
+_FULL_RATIO = 10.0
+_LOCAL_RATIO = 1 / 1.3
+_AMPLIFICATION_MAX = 1.25
+_LINK_SHARE_MIN = 0.8
+_MEASURES: dict[str, tuple[str, Callable[[Observed], float]]] = {
+    "time": ("s", lambda one: one.seconds),
+    "requests": ("", lambda one: one.requests),
+    "moved": ("MB", lambda one: one.bytes_down / 1e6),
+}
+_ROUNDS_MAX = 3  # a full download takes the link half a minute, whatever the program
+
+
+def ondemand(bench: Bench) -> None:
+    """Everything, at 20 ms and 100 Mbit/s."""
+    with site(bench.work, rtt=RTT, rate=RATE) as here:
+        ours = Ours(here, bench.work)
+        ours.publish(bench.images[2])
+        _start(bench, here, "20 ms, 100 Mbit/s")
+        _sustained(bench, here, "20 ms, 100 Mbit/s", RATE)
+        _side_by_side(bench, ours)
+    for part in (_traced, deltas.sharing, deltas.pushing, deltas.many):
+        with workplace(bench.work) as work:
+            part(Bench(bench.images, work, min(bench.rounds, _ROUNDS_MAX), bench.report))
+
+
+def links(bench: Bench) -> None:
+    """Start-up and sustained rate over other links."""
+    for name, (rtt, rate) in _OTHER_LINKS.items():
+        with workplace(bench.work) as work, site(work, rtt=rtt, rate=rate) as here:
+            Ours(here, work).publish(bench.images[2])
+            _start(bench, here, name)
+            _sustained(bench, here, name, rate)
+
+
+def _start(bench: Bench, here: Site, link: str) -> None:
+    """To a running interpreter: lazily, after a full download, and with everything here."""
+    ours = Ours(here, bench.work)
+    runs: dict[str, Callable[[], float]] = {
+        "ours": lambda: ours.python().seconds,
+        _FULL: lambda: _python_after(here, bench.work, full=True).seconds,
+    }
+    figures = alternate(min(bench.rounds, _ROUNDS_MAX), runs)
+    what = f"{link}: pull --lazy to running python"
+    bench.report.compare(what, "s", figures, targets={_FULL: _FULL_RATIO}, lower_is_better=True)
+
+
+def _python_after(here: Site, work: Path, *, full: bool) -> Observed:
+    """To a running interpreter, the full download counted or not."""
+    with workplace(work) as directory, here.fresh() as host:
+        if not full:
+            host.pull(IMAGE)
+        watch = here.watch()
+        if full:
+            host.pull(IMAGE)
+        with Mounts(host.store) as mounts:
+            mounts.mount(IMAGE, directory / "point", "none")
+            start_python(directory / "point")
+            return watch.stop()
+
+
+def _traced(bench: Bench) -> None:
+    """With a trace of the interpreter's start, recorded once on a host that has everything."""
+    with site(bench.work, rtt=RTT, rate=RATE) as here:
+        Ours(here, bench.work).publish(bench.images[2])
+        trace = bench.work / "python.trace"
+        touched = _record(here, bench.work, trace)
+        after: list[float] = []
+
+        def whole() -> float:
+            seconds, started = _python_traced(here, bench.work, trace)
+            after.append(started)
+            return seconds
+
+        def local() -> float:
+            return _python_after(here, bench.work, full=False).seconds
+
+        figures = alternate(bench.rounds, {"ours": whole, _LOCAL: local})
+        targets = {_LOCAL: _LOCAL_RATIO}
+        what = "pull --lazy to running python, with a trace"
+        bench.report.compare(what, "s", figures, targets=targets, lower_is_better=True)
+        started = {"ours": after, _LOCAL: figures[_LOCAL]}
+        what = "mount and python, after prefetch --trace"
+        bench.report.compare(what, "s", started, targets=targets, lower_is_better=True)
+        _amplification(bench, here, touched)
+
+
+def _record(here: Site, work: Path, trace: Path) -> int:
+    """Record the interpreter's start; returns the bytes of the chunks that it reads."""
+    with workplace(work) as directory, here.fresh() as host:
+        host.pull(IMAGE)
+        with Mounts(host.store) as mounts:
+            point = directory / "point"
+            mounts.mount(IMAGE, point, "none")
+            here.watch()  # drops caches
+            command = [DEDUPSTORE, "--store", host.store, "trace", "record", IMAGE, trace]
+            run(*command, "--", *python_command(point), **mounts.environment)
+        return int(host.told("trace", "show", trace)["bytes"])
+
+
+def _python_traced(here: Site, work: Path, trace: Path) -> tuple[float, float]:
+    """Seconds to a running interpreter with a prefetch before the mount, and those of them after
+    the prefetch."""
+    with workplace(work) as directory, here.fresh() as host:
+        watch = here.watch()
+        host.pull(IMAGE, "--lazy")
+        host.do("prefetch", IMAGE, "--trace", trace)
+        prefetched = watch.stop().seconds
+        with Mounts(host.store) as mounts:
+            mounts.mount(IMAGE, directory / "point", "none")
+            start_python(directory / "point")
+            seconds = watch.stop().seconds
+            return seconds, seconds - prefetched
+
+
+def _amplification(bench: Bench, here: Site, touched: int) -> None:
+    """What comes for an interpreter's start, beside what it reads."""
+    came: list[float] = []
+    moved: list[float] = []
+    for _ in range(bench.rounds):
+        with workplace(bench.work) as directory, here.fresh() as host:
+            watch = here.watch()
+            host.pull(IMAGE, "--lazy")
+            before = host.unique_bytes()
+            with Mounts(host.store) as mounts:
+                mounts.mount(IMAGE, directory / "point", "none")
+                start_python(directory / "point")
+                moved.append(watch.stop().bytes_down)
+            came.append((host.unique_bytes() - before) / touched)
+    what = "python start-up, no prefetch: bytes fetched / touched"
+    bench.report.bound(what, "", [one / touched for one in moved], _AMPLIFICATION_MAX)
+    what = "python start-up, no prefetch: bytes fetched / touched, both uncompressed"
+    bench.report.note(what, "", came)
+
+
+def _sustained(bench: Bench, here: Site, link: str, rate: float) -> None:
+    """Share of the link's capacity that a whole image moves at."""
+    ours = Ours(here, bench.work)
+    for what, observe in (("pull", ours.fetch), ("reading a lazy image", ours.read_through)):
+        shares = []
+        for _ in range(min(bench.rounds, _ROUNDS_MAX)):
+            observed = observe()
+            shares.append(observed.bytes_down / observed.seconds / rate)
+        bench.report.floor(f"{link}: {what}, share of the link", "", shares, _LINK_SHARE_MIN)
+
+
+def _side_by_side(bench: Bench, ours: Ours) -> None:
+    """The same image and link, with what others have for it, in turn."""
+    sides: dict[str, Lazy] = {ours.name: ours}
+    for other in LAZY[1:]:
+        if other.available():
+            sides[other.name] = other(ours.site, bench.work)
+            sides[other.name].publish(bench.images[2])
+        else:
+            bench.report.missing(other.name)
+    actions: dict[str, tuple[int, Callable[[Lazy], Observed]]] = {
+        "running python": (_ROUNDS_MAX, lambda side: side.python()),
+        "first byte": (_ROUNDS_MAX, lambda side: side.first_byte()),
+        "all, read in order": (1, lambda side: side.read_through()),
+        "all, fetched": (1, lambda side: side.fetch()),
+    }
+    for what, (rounds, action) in actions.items():
+        seen = {
+            name: [action(side) for _ in range(min(rounds, bench.rounds, side.rounds_max))]
+            for name, side in sides.items()
+        }
+        for measure, (unit, take) in _MEASURES.items():
+            figures = {name: [take(one) for one in ones] for name, ones in seen.items()}
+            targets = dict.fromkeys(figures.keys() - {"ours"}, 1.0)
+            bench.report.compare(
+                f"lazy image, {what}: {measure}",
+                unit,
+                figures,
+                targets=targets,
+                lower_is_better=True,
+            )
