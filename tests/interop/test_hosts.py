@@ -112,21 +112,23 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         network.close()
 
 
-def mounted(host: Host, name: str, tree: Path) -> dict[str, int]:
-    """Mount an image by the command, compare every file, take it down; its server's metrics."""
-    directory = host.path.with_name(f"mnt-{name}")
+def mount_and_compare(host: Host, name: str, directory: Path, tree: Path) -> None:
+    """Mount an image by the command, and compare every file."""
     directory.mkdir()
     host.do("mount", name, directory)
-    try:
-        for path in tree.rglob("*"):
-            if path.is_file():
-                assert (directory / path.relative_to(tree)).read_bytes() == path.read_bytes(), path
-        run = Path(host.environment["DEDUPSTORE_RUN"])
-        (socket,) = run.glob("*/metrics.sock")
-        return read_metrics(socket)
-    finally:
-        host.do("umount", directory)
-        assert mounts_below(host.path.parent) == []
+    for path in tree.rglob("*"):
+        if path.is_file():
+            assert (directory / path.relative_to(tree)).read_bytes() == path.read_bytes(), path
+
+
+def unmount(host: Host, directory: Path) -> dict[str, int]:
+    """Unmount; the metrics of the mount's server, which ends with it."""
+    run = Path(host.environment["DEDUPSTORE_RUN"])
+    (socket,) = run.glob("*/metrics.sock")
+    metrics = read_metrics(socket)
+    host.do("umount", directory)
+    assert mounts_below(host.path.parent) == []
+    return metrics
 
 
 def test_hosts_push_and_pull_at_once_and_each_fetches_each_frame_once(
@@ -158,7 +160,7 @@ def test_hosts_push_and_pull_at_once_and_each_fetches_each_frame_once(
         for pushed in json.loads(host.do("push", "--json", "far", *names))["images"]:
             sent[pushed["name"]] = max(sent.get(pushed["name"], 0), pushed["sent_bytes"])
 
-    seen: dict[str, int] = {}
+    mnt = mounting.path.with_name("mnt")
     running = {host.path: host.serve() for host in (mounting, serving)}
     for host in (mounting, serving):
         host.do("pull", "--lazy", "far", "base")
@@ -167,11 +169,13 @@ def test_hosts_push_and_pull_at_once_and_each_fetches_each_frame_once(
     at_once(
         partial(push, left, "derived", "same"),
         partial(push, right, "same", "other"),
-        lambda: seen.update(mounted(mounting, "base", images.base_tree)),
+        partial(mount_and_compare, mounting, "base", mnt, images.base_tree),
         partial(read, running[mounting.path], "base"),
         partial(running[serving.path].client, "connect(); read_all(connect())", "base"),
         partial(read, running[serving.path], "base"),
     )
+    # Only now: a server that ends gives up what it has under way.
+    seen = unmount(mounting, mnt)
     for host in (mounting, serving):
         base = set(places_of(host.path).values())
         assert distant_of(host.path) == set()
