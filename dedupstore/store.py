@@ -390,14 +390,23 @@ class Store:
         *,
         lazy: bool,
         replace: bool = False,
+        prefetch: int | None = None,
+        trace: Trace | None = None,
     ) -> Pulled:
-        """Have image `source` of a remote here, as `name`. See remote.pulling.Puller."""
+        """Have image `source` of a remote here, as `name`. See remote.pulling.Puller. `prefetch`:
+        servers that open it then fetch what is elsewhere, fmt.PREFETCH_*, by a `trace` for
+        PREFETCH_TRACE; None: as before, at first nothing."""
         from dedupstore.remote.configuration import find_remote  # noqa: PLC0415
         from dedupstore.remote.pulling import Puller  # noqa: PLC0415 - 30 ms, for remotes only
 
         found, _ = find_remote(self.env, remote)
         puller = Puller(self.env, self.leases, found, self.fetcher())
-        return puller.pull(source, name, on_progress, lazy=lazy, replace=replace)
+
+        def also(txn: lmdb.Transaction, digest: bytes) -> None:
+            if prefetch is not None:
+                wishes.put_wish(txn, self.env, digest, fmt.Wish(prefetch), trace)
+
+        return puller.pull(source, name, on_progress, lazy=lazy, replace=replace, also=also)
 
     def pusher(self, remote: str) -> Pusher:
         """What pushes images to a remote. See remote.pushing.Pusher."""
@@ -466,19 +475,8 @@ class Store:
         finally:
             self.close_manifest(manifest)
 
-    def wish(self, name: str, prefetch: int | None, trace: Trace | None = None) -> None:
-        """Have servers that open an image fetch what is elsewhere of it: fmt.PREFETCH_*, with a
-        trace for PREFETCH_TRACE; None: as before, at first nothing. Raises ImageNotFoundError."""
-        with self.env.write() as txn:
-            image = catalog.find_image(txn, self.env, name).digest
-            if prefetch is None:
-                if wishes.find_wish(txn, self.env, image) is not None:
-                    return
-                prefetch = fmt.PREFETCH_NONE
-            wishes.put_wish(txn, self.env, image, fmt.Wish(prefetch), trace)
-
     def pause(self, name: str, *, paused: bool) -> bool:
-        """Pause what `wish` asks for, or go on with it; False: nothing is asked for. Raises
+        """Pause what a `pull` has asked for, or go on with it; False: nothing is asked for. Raises
         ImageNotFoundError."""
         with self.env.write() as txn:
             image = catalog.find_image(txn, self.env, name).digest

@@ -77,7 +77,14 @@ def pull(
         for name in dict.fromkeys(names):
             with progress(f"pull {name}") as on_progress:
                 one = store.pull(
-                    remote, name, target or name, on_progress, lazy=lazy, replace=replace
+                    remote,
+                    name,
+                    target or name,
+                    on_progress,
+                    lazy=lazy,
+                    replace=replace,
+                    prefetch=None if ahead is None else _PREFETCH[ahead],
+                    trace=recorded,
                 )
             if metadata:
                 before = store.fetcher().counters.bytes
@@ -85,8 +92,6 @@ def pull(
                 came = store.fetcher().counters.bytes - before
                 left = store.missing_bytes(one.name)
                 one = replaced(one, fetched_bytes=one.fetched_bytes + came, missing_bytes=left)
-            if lazy:
-                store.wish(one.name, _PREFETCH[ahead] if ahead else None, recorded)
             pulled.append(one)
             if not as_json:
                 show_pulled(one, lazy=lazy)

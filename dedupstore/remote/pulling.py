@@ -33,6 +33,9 @@ _HOUR = 3600
 Progress = Callable[[int, int], None]
 """Gets (bytes done since the last call, bytes in all)."""
 
+Also = Callable[[lmdb.Transaction, bytes], None]
+"""(transaction, image digest): writes what belongs to the image, where its name is written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
@@ -57,9 +60,17 @@ class Puller:
         self._fetcher = fetcher
 
     def pull(
-        self, source: str, name: str, on_progress: Progress, *, lazy: bool, replace: bool = False
+        self,
+        source: str,
+        name: str,
+        on_progress: Progress,
+        *,
+        lazy: bool,
+        replace: bool = False,
+        also: Also = lambda _txn, _digest: None,
     ) -> Pulled:
         """Have the remote's image `source` here as `name`; unless `lazy`, with all its contents.
+        `also` is committed with the name.
 
         Raises RemoteError, ImageExistsError for a name that stands for something else, unless it is
         to be replaced; and as the store. What was fetched by then is used by the next pull.
@@ -74,7 +85,7 @@ class Puller:
             if not lazy and missing:
                 self._bring(missing, on_progress)
                 missing = self._missing(manifest)
-            self._publish(name, root, replace=replace)
+            self._publish(name, root, also, replace=replace)
         fetched = self._fetcher.counters.bytes - before
         left = sum(missing.values())
         return Pulled(name, root.digest, root.size, manifest.unique_bytes, fetched, left)
@@ -143,9 +154,10 @@ class Puller:
         quarantine.redirect_all(self._env)
         return manifest
 
-    def _publish(self, name: str, root: Root, *, replace: bool) -> None:
+    def _publish(self, name: str, root: Root, also: Also, *, replace: bool) -> None:
         key = catalog.encode_name(name)
         with self._env.write() as txn:
+            also(txn, root.digest)
             record = txn.get(key, db=self._env.images)
             if record is not None:
                 if fmt.decode_image(record, key).digest == root.digest:

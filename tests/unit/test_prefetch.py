@@ -47,8 +47,7 @@ class Rig:
 
     def pull(self, name: str, prefetch: int | None = None, trace: Trace | None = None) -> None:
         with Store(self.path) as store:
-            store.pull("r", name, name, silent, lazy=True)
-            store.wish(name, prefetch, trace)
+            store.pull("r", name, name, silent, lazy=True, prefetch=prefetch, trace=trace)
 
     def missing(self, name: str) -> int:
         with Store(self.path) as store:
@@ -269,7 +268,7 @@ def test_an_open_images_trace_comes_and_nothing_else_does(
     with Store(rig.path) as store:
         count = len(chunks(store, "a"))
         trace, frames = trace_of(store, "a", [count - 1, 5, count // 2, 0])
-        store.wish("a", fmt.PREFETCH_TRACE, trace)
+        store.pull("r", "a", "a", silent, lazy=True, prefetch=fmt.PREFETCH_TRACE, trace=trace)
     monkeypatch.setattr(background, "REPLAY", replace(REPLAY, requests=1))
     session = serve()
     reader = session.open("a")
@@ -445,7 +444,7 @@ def test_a_wish_and_its_trace_go_with_their_image(rig: Rig) -> None:
     with Store(rig.path) as store:
         digest = bytes.fromhex(store.image("a").digest)
         trace, _ = trace_of(store, "a", [3, 1])
-        store.wish("a", fmt.PREFETCH_TRACE, trace)
+        store.pull("r", "a", "a", silent, lazy=True, prefetch=fmt.PREFETCH_TRACE, trace=trace)
         kept = wishes.trace_path(store.env, digest)
         assert wishes.find_trace(store.env, digest) == trace
         assert kept.stat().st_mode & 0o777 == 0o600

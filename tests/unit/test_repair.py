@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dedupstore import catalog, gc, origins, quarantine, wishes
 from dedupstore import format as fmt
-from dedupstore import gc, origins, quarantine
 from dedupstore.check import Checked, check_store
 from dedupstore.constants import SEGMENT_BYTES
 from dedupstore.env import DATA_FILE
@@ -105,7 +105,9 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             record = fmt.encode_lost(fmt.LostChunk(b"x" * 32, 4096), key)
             txn.put(key, record, db=store.env.meta)
         add_remote(store.env, "r", [str(directory / "remote")])
-        store.wish("base", fmt.PREFETCH_ALL)
+        with store.env.write() as txn:
+            base = catalog.find_image(txn, store.env, "base").digest
+            wishes.put_wish(txn, store.env, base, fmt.Wish(fmt.PREFETCH_ALL), None)
         where = tuple(Place(remote, bytes([remote]) * 32, 4096, 5000) for remote in (7, 8))
         add_places(store.env, {1: where[0], 2: where[0]}, 500_000)
         add_places(store.env, {1: where[1]}, 500_000)

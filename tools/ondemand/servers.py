@@ -7,8 +7,8 @@ that directory. Raises ServerError: a program is missing, does not start, or end
 
 SeaweedFS (4.48, from PyPI) takes 3 to 7 s to start, for its parts poll each other, and 1 to end.
 It honours `If-None-Match: *` and `If-Match` on PUT; of 8 that create at once exactly one wins, in
-every of 60 rounds; the others wait for the lock a second at a time, now and then for more than 8. Put 8
-MiB objects there, not thousands of small ones: each costs it several messages. It reports
+every of 60 rounds; the others wait for the lock a second at a time, now and then for more than 8.
+Put 8 MiB objects there, not thousands of small ones: each costs it several messages. It reports
 statistics to its makers by default; that is off here.
 
 Thread-safe: each context is on its own.
