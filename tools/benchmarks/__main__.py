@@ -46,6 +46,7 @@ SUITES: dict[str, Callable[[Bench], None]] = {
     "scaling-connections": connections.connections,
     "policy": policy.policy,
     "ondemand": ondemand.ondemand,
+    "ondemand-others": ondemand.others,
     "ondemand-links": ondemand.links,
 }
 

@@ -1,7 +1,7 @@
 """Images whose bytes are elsewhere: what it takes until they can be used, and what moves.
 
-The remote is behind a link (tools/ondemand/link.py) of 20 ms and 100 Mbit/s: `ondemand`; of other
-kinds: `ondemand-links`. Served by nginx, which costs a tenth of what the link lets through; pushes
+The remote is behind a link (tools/ondemand/link.py) of 20 ms and 100 Mbit/s: `ondemand`, and beside
+others `ondemand-others`; of other kinds: `ondemand-links`. Served by nginx, which costs a tenth of what the link lets through; pushes
 go to SeaweedFS' S3 gateway. The image is the third of the corpus (1.1 GB); the derived one is the
 second, with the first one as its base. Each figure starts with an empty store of its own and cold
 kernel caches. Programs of this machine (nbdkit, the commands) are in memory, and have to be
@@ -21,7 +21,7 @@ they are. "Touched" are the bytes of distinct chunks that were read, uncompresse
 recorded them. The same in one unit, uncompressed bytes that came, is beside it: more, since what
 comes are frames, in which chunks are compressed together.
 
-    tools/bench ondemand ondemand-links
+    tools/bench ondemand ondemand-others ondemand-links
 """
 
 from __future__ import annotations
@@ -59,10 +59,17 @@ def ondemand(bench: Bench) -> None:
         ours.publish(bench.images[2])
         _start(bench, here, "20 ms, 100 Mbit/s")
         _sustained(bench, here, "20 ms, 100 Mbit/s", RATE)
-        _side_by_side(bench, ours)
     for part in (_traced, deltas.sharing, deltas.pushing, deltas.many):
         with workplace(bench.work) as work:
             part(Bench(bench.images, work, min(bench.rounds, _ROUNDS_MAX), bench.report))
+
+
+def others(bench: Bench) -> None:
+    """Beside desync and casync: on the second image, for casync fetches the third for minutes."""
+    with site(bench.work, rtt=RTT, rate=RATE) as here:
+        ours = Ours(here, bench.work)
+        ours.publish(bench.images[1])
+        _side_by_side(bench, ours)
 
 
 def links(bench: Bench) -> None:
@@ -191,7 +198,7 @@ def _side_by_side(bench: Bench, ours: Ours) -> None:
     for other in LAZY[1:]:
         if other.available():
             sides[other.name] = other(ours.site, bench.work)
-            sides[other.name].publish(bench.images[2])
+            sides[other.name].publish(bench.images[1])
         else:
             bench.report.missing(other.name)
     actions: dict[str, tuple[int, Callable[[Lazy], Observed]]] = {
