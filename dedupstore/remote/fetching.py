@@ -49,6 +49,8 @@ _REQUEST_BYTES_MAX = 2 << 20
 _REQUEST_SECONDS = 0.5
 # From this window on a pack is read in order: what comes next may come before it is asked for.
 _STREAM_BYTES = 512 << 10
+# And from this one on, before the reader is through with what came.
+_GO_ON_BYTES = 1 << 20
 # How much that is not wanted may come between what is, there: a request less pays for it.
 _GAP_BYTES = 128 << 10
 # Frames that are here already and are passed over in looking for what comes next.
@@ -174,7 +176,7 @@ class Fetcher:
             self._abandon(frame, error)
             return
         group = [wanted, *self._neighbours(wanted, window)]
-        if window >= _STREAM_BYTES:
+        if window >= _GO_ON_BYTES:
             self._demands.run(partial(self._go_on, group[-1].frame + 1))
         self._bring(group)
 

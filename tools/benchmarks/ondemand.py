@@ -1,11 +1,12 @@
 """Images whose bytes are elsewhere: what it takes until they can be used, and what moves.
 
 The remote is behind a link (tools/ondemand/link.py) of 20 ms and 100 Mbit/s: `ondemand`, and beside
-others `ondemand-others`; of other kinds: `ondemand-links`. Served by nginx, which costs a tenth of what the link lets through; pushes
-go to SeaweedFS' S3 gateway. The image is the third of the corpus (1.1 GB); the derived one is the
-second, with the first one as its base. Each figure starts with an empty store of its own and cold
-kernel caches. Programs of this machine (nbdkit, the commands) are in memory, and have to be
-started: of `pull --lazy`, mount and interpreter that is a second on two cores.
+others `ondemand-others`; of other kinds: `ondemand-links`. Served by nginx, which costs a tenth of
+what the link lets through; pushes go to SeaweedFS' S3 gateway. The image is the third of the corpus
+(1.1 GB), beside others the second (379 MB); the derived one is the second, with the first one as
+its base. Each figure starts with an empty store of its own and cold kernel caches. Programs of this
+machine (nbdkit, the commands) are in memory, and have to be started: of `pull --lazy`, mount and
+interpreter that is a second on two cores.
 
 What makes these figures meaningless, beside what the package says:
 - another link in the way: the proxy carries 1 Gbit/s with a tenth of a core and 600 MB/s at most.
