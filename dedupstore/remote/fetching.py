@@ -87,7 +87,7 @@ class _Stream:
     def is_at(self, offset: int) -> bool:
         """Whether a request that begins here belongs to this reading. Several readers at once, and
         readahead, ask in no strict order."""
-        return self.end - 4 * self.window <= offset <= self.end + 2 * self.window
+        return self.end - 4 * self.window <= offset <= self.end + self.window
 
 
 class Fetcher:
