@@ -8,6 +8,7 @@ caller's transaction and is as thread-safe as that; the encodings are pure.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,11 @@ class PlaceRecord:
 
     places: tuple[Place, ...]
     used: int
+
+
+def this_hour() -> int:
+    """Now, as `PlaceRecord.used` counts."""
+    return int(time.time()) // 3600
 
 
 def encode_places(record: PlaceRecord, frame: int) -> bytes:

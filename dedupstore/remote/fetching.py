@@ -33,7 +33,7 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Codecs, read_frame, read_head
 from dedupstore.leases import FetchClaims
-from dedupstore.places import Place
+from dedupstore.places import Place, PlaceRecord
 from dedupstore.remote.configuration import find_number
 from dedupstore.remote.counters import FetchCounters
 from dedupstore.remote.grouping import BULK, Pace, Wanted, groups, runs
@@ -209,20 +209,22 @@ class Fetcher:
     def _wanted(self, frame: int, record: fmt.Buffer) -> Wanted:
         """What there is to know about a frame that is elsewhere. Raises ChunkDamagedError."""
         slots = fmt.decode_frame_header(record, frame).slots
-        remote = self._env.open_remote()
-        with self._env.read() as txn:
-            found = places.find_places(txn, remote, frame)
+        found = self._find_places(frame)
         if found is None or not found.places:
             raise ChunkDamagedError(frame, "nothing says where its bytes are")
         return Wanted(frame, slots, found.places)
+
+    def _find_places(self, frame: int) -> PlaceRecord | None:
+        """Where else a frame is. Raises StoreDamagedError."""
+        remote = self._env.open_remote()
+        with self._env.read() as txn:
+            return places.find_places(txn, remote, frame)
 
     # --- what comes together ---
 
     def is_next(self, frame: int) -> bool:
         """Whether a frame that nobody waits for lies where its pack is being read in order."""
-        remote = self._env.open_remote()
-        with self._env.read() as txn:
-            found = places.find_places(txn, remote, frame)
+        found = self._find_places(frame)
         if found is None or not found.places:
             return False
         place = found.places[0]
@@ -246,7 +248,6 @@ class Fetcher:
         """The frames behind `first` in its pack that are elsewhere too and nobody is fetching, as
         far as they fit into the window; claimed, each with a flight. An image's frames are numbered
         in the order of its packs."""
-        remote = self._env.open_remote()
         place = first.places[0]
         end, limit = place.offset + place.length, place.offset + window
         # Where a pack is read in order, what is here already, or of other images, may come along.
@@ -254,11 +255,8 @@ class Fetcher:
         group: list[Wanted] = []
         for frame in count(first.frame + 1):
             found = None
-            with (
-                suppress(DedupError),
-                self._env.read() as txn,
-            ):  # of no concern to who reads `first`
-                found = places.find_places(txn, remote, frame)
+            with suppress(DedupError):  # of no concern to who reads `first`
+                found = self._find_places(frame)
             here = found and next((p for p in found.places if p.pack == place.pack), None)
             if not here or not 0 <= here.offset - end <= gap_max:
                 break

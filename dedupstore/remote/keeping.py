@@ -25,7 +25,6 @@ _WAITING_BYTES_MAX = 64 << 20
 # After a commit has failed, what comes is not stored for so long.
 _PAUSE_SECONDS = 5.0
 _USES_SECONDS = 60.0
-_HOUR = 3600
 
 
 class Keeper:
@@ -115,7 +114,7 @@ class Keeper:
             self._on_done(frame)
 
     def _commit(self, frames: dict[int, bytearray]) -> None:
-        now = int(time.time()) // _HOUR
+        now = places.this_hour()
         with self._env.write() as txn:
             writer = FrameWriter(txn, self._env)
             remote = self._env.ensure_remote(txn)
@@ -130,7 +129,7 @@ class Keeper:
     def _note_uses(self) -> None:
         """Note that frames were used, those whose record says an hour ago or more."""
         self._uses_at = time.monotonic() + _USES_SECONDS
-        touched, now = self._touched, int(time.time()) // _HOUR
+        touched, now = self._touched, places.this_hour()
         frames = [touched.pop() for _ in range(len(touched))]
         remote = self._env.remote
         if not frames or remote is None:

@@ -23,12 +23,10 @@ from dedupstore.errors import ImageExistsError, RemoteDamagedError, StoreDamaged
 from dedupstore.frames import FrameWriter, find_chunk, read_head
 from dedupstore.leases import Leases, image_byte
 from dedupstore.outline import is_whole
-from dedupstore.places import Place, PlaceRecord, find_distant
+from dedupstore.places import Place, PlaceRecord, find_distant, this_hour
 from dedupstore.remote.fetching import Fetcher
 from dedupstore.remote.layout import PackIndex, RemoteManifest, Root, frames_of, image_digest
 from dedupstore.remote.remote import Remote
-
-_HOUR = 3600
 
 Progress = Callable[[int, int], None]
 """Gets (bytes done since the last call, bytes in all)."""
@@ -279,7 +277,7 @@ class _Adoption:
             for slot, ref in zip(table.slots, found, strict=True)
         ]
         place = Place(self._remote, table.pack, table.offset, table.length)
-        where = PlaceRecord((place,), int(time.time()) // _HOUR)
+        where = PlaceRecord((place,), this_hour())
         frame = writer.store_distant(slots, where)
         return [ref or fmt.make_ref(frame, at) for at, ref in enumerate(found)]
 

@@ -41,7 +41,6 @@ from dedupstore.remote.sending import Place, Sender, needed_frames, same_chunks
 _ROUNDS_MAX = 5
 # Indexes read at a time, so that as many are in memory.
 _INDEXES_AT_ONCE = 64
-_HOUR = 3600
 
 OnSent = Callable[[int, bytes, int, int], None]
 """Gets (local frame, pack id, offset, length) of each local frame that the remote has as it is,
@@ -101,7 +100,7 @@ class Pusher:
             on_sent=lambda frame, *place: sent.update({frame: places.Place(number, *place)}),
         )
         if sent:
-            places.add_places(self._env, sent, int(time.time()) // _HOUR)
+            places.add_places(self._env, sent, places.this_hour())
         return pushed
 
     def delete(self, name: str) -> None:
