@@ -172,7 +172,7 @@ class ImageReader:
         cached = cache.entries.get
         miss, recover, fail, fill_zeros = self._miss, self._recover, _fail, _fill_zeros
         slot_bits, slot_mask = fmt.REF_SLOT_BITS, fmt.REF_SLOT_MASK
-        bisect, everything = bisect_right, slice(None)
+        bisect = bisect_right
 
         def read(buffer: memoryview, offset: int) -> None:
             """Fill `buffer` (bytes, writable, the caller's) from `offset` on, bytes from the
@@ -184,12 +184,13 @@ class ImageReader:
                 return
             at = offset >> shift
             run = bisect(starts, offset, index[at], index[at + 1] + 1) - 1
+            inside = offset - starts[run]  # of this run, what lies before the request
+            done = 0
             try:
                 while True:
-                    inside = offset - starts[run]
-                    left = starts[run + 1] - offset
-                    # The rest of the request, or what this run holds of it.
-                    part = buffer if len(buffer) <= left else buffer[:left]
+                    end = done + starts[run + 1] - starts[run] - inside
+                    if end > length:  # noqa: PLR1730 - min() would cost a call
+                        end = length
                     ref = refs[run]
                     if ref:
                         entry = cached(ref >> slot_bits)
@@ -199,18 +200,18 @@ class ImageReader:
                             counters.hits += 1
                         try:
                             at = entry.offsets[ref & slot_mask] + inside
-                            part[everything] = entry.view[at : at + len(part)]
+                            buffer[done:end] = entry.view[at : at + end - done]
                         except (ValueError, IndexError):
                             fail(ref)
                     else:
-                        fill_zeros(part)
-                    if part is buffer:
+                        fill_zeros(buffer[done:end])
+                    if end == length:
                         return
-                    buffer = buffer[left:]
-                    offset += left
+                    done = end
+                    inside = 0
                     run += 1
             except DedupError as error:
-                recover(buffer, offset, error)
+                recover(buffer[done:], offset + done, error)
 
         if self._note is None:
             return read
