@@ -1,10 +1,10 @@
 """Writing an image back: byte for byte, holes as holes, decompressed on every core.
 
-Frames are loaded ahead on a pool and written in image order, through a cache of their own: an image
-that shares chunks with others goes back and forth between its frames and theirs. A file appears
-under its name only when it is complete. As after cp, it is on disk when the kernel has written it
-back: syncing would double the time. Runs on the calling thread and a pool of its own; any number
-may run at once.
+Stretches of the image are put together ahead on a pool, each written by one call, from a cache of
+their own: an image goes back and forth between frames, those of metadata and of contents it shares
+with others. A file appears under its name only when it is complete. As after cp, it is on disk when
+the kernel has written it back: syncing would double the time. Runs on the calling thread and a pool
+of its own; any number may run at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from dedupstore.errors import ChunkDamagedError, TargetError
 from dedupstore.manifest import Manifest
 from dedupstore.store import Store
 
-_FRAMES_AHEAD = 16
+_STRETCHES_AHEAD = 16
+# A stretch ends with the run that makes it so long, or has so many runs: fewer than IOV_MAX.
+_STRETCH_BYTES = 512 << 10
+_STRETCH_RUNS = 1000
 # Image order wanders: with this much, an image is loaded 1.0 times, without any 2.4 to 2.9 times.
 _CACHE_BYTES = 128 << 20
 _ZEROS = bytes(1 << 20)
@@ -86,45 +89,43 @@ def _write_file(
 ) -> None:
     """Write an image into a regular file: each worker loads a frame and writes where its contents
     belong; holes are left out."""
-    cache = FrameCache(_CACHE_BYTES, store.loader().load)
-    starts, refs = manifest.starts, manifest.refs
+    source = _Source(store, name, manifest)
 
     def write(runs: range) -> int:
-        entry = _use(cache, refs[runs[0]] >> fmt.REF_SLOT_BITS, name, starts[runs[0]])
-        for run in runs:
-            start, length = starts[run], starts[run + 1] - starts[run]
-            _write(file, _slice(entry, refs[run], length, name, start), start)
-        return starts[runs[-1] + 1] - starts[runs[0]]
-
-    def finish(written: Future[int]) -> None:
-        on_progress(written.result(), manifest.size)
+        start, length = source.bounds(runs)
+        _write(file, source.pieces(runs), start)
+        return length
 
     under_way: deque[Future[int]] = deque()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
-            for runs in _visits(manifest):
-                if refs[runs[0]] == fmt.REF_HOLE:
-                    on_progress(starts[runs[-1] + 1] - starts[runs[0]], manifest.size)
+            for runs in _stretches(manifest):
+                if source.is_hole(runs):
+                    on_progress(source.bounds(runs)[1], manifest.size)
                     continue
                 under_way.append(pool.submit(write, runs))
-                if len(under_way) > _FRAMES_AHEAD:
-                    finish(under_way.popleft())
+                if len(under_way) > _STRETCHES_AHEAD:
+                    on_progress(under_way.popleft().result(), manifest.size)
             for written in under_way:
-                finish(written)
+                on_progress(written.result(), manifest.size)
         except BaseException:  # whatever it was, what has not begun need not be written
             pool.shutdown(cancel_futures=True)
             raise
     os.ftruncate(file, manifest.size)
 
 
-def _visits(manifest: Manifest) -> Iterator[range]:
-    """The runs of an image, those that follow each other in one frame, or are holes, together."""
-    begin, frame = 0, 0
+def _stretches(manifest: Manifest) -> Iterator[range]:
+    """The runs of an image, those that lie between holes in stretches, each hole alone."""
+    starts, begin = manifest.starts, 0
     for run, ref in enumerate(manifest.refs):
-        if ref >> fmt.REF_SLOT_BITS != frame:
-            if run > begin:
-                yield range(begin, run)
-            begin, frame = run, ref >> fmt.REF_SLOT_BITS
+        hole = ref == fmt.REF_HOLE
+        if hole and run > begin:
+            yield range(begin, run)
+            begin = run
+        long = starts[run + 1] - starts[begin] >= _STRETCH_BYTES
+        if hole or long or run + 1 - begin >= _STRETCH_RUNS:
+            yield range(begin, run + 1)
+            begin = run + 1
     if begin < len(manifest.refs):
         yield range(begin, len(manifest.refs))
 
@@ -133,60 +134,86 @@ def _write_stream(
     store: Store, name: str, manifest: Manifest, file: int, on_progress: Progress
 ) -> None:
     """Write an image in order, holes as zeros: into pipes and devices."""
-    cache = FrameCache(_CACHE_BYTES, store.loader().load)
-    starts, refs = manifest.starts, manifest.refs
-    visits = list(_visits(manifest))
-    upcoming = (runs for runs in visits if refs[runs[0]] != fmt.REF_HOLE)
-    ahead: deque[Future[Entry]] = deque()
+    source = _Source(store, name, manifest)
+    stretches = list(_stretches(manifest))
+    upcoming = (runs for runs in stretches if not source.is_hole(runs))
+    ahead: deque[Future[list[_Piece]]] = deque()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for runs in visits:
-            start, end = starts[runs[0]], starts[runs[-1] + 1]
-            while len(ahead) < _FRAMES_AHEAD and (following := next(upcoming, None)):
-                at = following[0]
-                ahead.append(
-                    pool.submit(_use, cache, refs[at] >> fmt.REF_SLOT_BITS, name, starts[at])
-                )
-            if refs[runs[0]] == fmt.REF_HOLE:
-                _write_zeros(file, end - start)
+        for runs in stretches:
+            while len(ahead) < _STRETCHES_AHEAD and (following := next(upcoming, None)):
+                ahead.append(pool.submit(source.pieces, following))
+            length = source.bounds(runs)[1]
+            if source.is_hole(runs):
+                _write_zeros(file, length)
             else:
-                entry = ahead.popleft().result()
-                for run in runs:
-                    length = starts[run + 1] - starts[run]
-                    _write(file, _slice(entry, refs[run], length, name, starts[run]), None)
-            on_progress(end - start, manifest.size)
+                _write(file, ahead.popleft().result(), None)
+            on_progress(length, manifest.size)
 
 
-def _use(cache: FrameCache, frame: int, name: str, offset: int) -> Entry:
-    try:
-        return cache.use(frame)
-    except ChunkDamagedError as error:
-        error.image, error.offset = name, offset
-        raise
+_Piece = tuple[Entry, memoryview]
+"""Bytes of an image, and the entry that owns them."""
 
 
-def _slice(entry: Entry, ref: int, length: int, name: str, offset: int) -> memoryview:
-    slot = ref & fmt.REF_SLOT_MASK
-    at = entry.offsets[slot] if slot < len(entry.offsets) else fmt.NOT_HERE
-    piece = entry.view[at : at + length]
-    if len(piece) != length:
-        error = ChunkDamagedError(
-            ref >> fmt.REF_SLOT_BITS, "its frame does not hold it", ref & fmt.REF_SLOT_MASK
-        )
-        error.image, error.offset = name, offset
-        raise error
-    return piece
+class _Source:
+    """An image, and the frames that were loaded for it. Thread-safe."""
+
+    def __init__(self, store: Store, name: str, manifest: Manifest) -> None:
+        self._cache = FrameCache(_CACHE_BYTES, store.loader().load)
+        self._name = name
+        self._starts, self._refs = manifest.starts, manifest.refs
+
+    def is_hole(self, runs: range) -> bool:
+        """Whether a stretch is a hole."""
+        return self._refs[runs[0]] == fmt.REF_HOLE
+
+    def bounds(self, runs: range) -> tuple[int, int]:
+        """Offset in the image and length of a stretch, in bytes."""
+        start = self._starts[runs[0]]
+        return start, self._starts[runs[-1] + 1] - start
+
+    def pieces(self, runs: range) -> list[_Piece]:
+        """The bytes of a stretch that is no hole. Raises ChunkDamagedError."""
+        entries: dict[int, Entry] = {}
+        pieces = []
+        for run in runs:
+            frame = self._refs[run] >> fmt.REF_SLOT_BITS
+            entry = entries.get(frame)
+            try:
+                if entry is None:
+                    entry = entries[frame] = self._cache.use(frame)
+                pieces.append((entry, self._slice(entry, run)))
+            except ChunkDamagedError as error:
+                error.image, error.offset = self._name, self._starts[run]
+                raise
+        return pieces
+
+    def _slice(self, entry: Entry, run: int) -> memoryview:
+        slot = self._refs[run] & fmt.REF_SLOT_MASK
+        length = self._starts[run + 1] - self._starts[run]
+        at = entry.offsets[slot] if slot < len(entry.offsets) else fmt.NOT_HERE
+        piece = entry.view[at : at + length]
+        if len(piece) != length:
+            raise ChunkDamagedError(entry.frame, "its frame does not hold it", slot)
+        return piece
 
 
-def _write(file: int, data: memoryview, offset: int | None) -> None:
-    while data:
-        written = os.write(file, data) if offset is None else os.pwrite(file, data, offset)
-        data = data[written:]
-        if offset is not None:
+def _write(file: int, pieces: list[_Piece], offset: int | None) -> None:
+    """Write pieces one behind the other: at an offset, or where the file is."""
+    data = [piece for _, piece in pieces]
+    done = 0
+    while done < len(data):
+        if offset is None:
+            written = os.writev(file, data[done:])
+        else:
+            written = os.pwritev(file, data[done:], offset)
             offset += written
+        while done < len(data) and written >= len(data[done]):
+            written -= len(data[done])
+            done += 1
+        if written:
+            data[done] = data[done][written:]
 
 
 def _write_zeros(file: int, length: int) -> None:
     while length > 0:
-        part = min(length, len(_ZEROS))
-        _write(file, memoryview(_ZEROS)[:part], None)
-        length -= part
+        length -= os.write(file, memoryview(_ZEROS)[:length])

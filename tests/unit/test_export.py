@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 from dedupstore import format as fmt
 from dedupstore.errors import ChunkDamagedError, ImageNotFoundError, TargetError
-from dedupstore.export import export_image
+from dedupstore.export import _stretches, export_image
 from dedupstore.frames import FrameLoader
 from dedupstore.imported import Imported
+from dedupstore.manifest import Manifest
 from dedupstore.store import Store
 from tests.conftest import blocks, flip_record, keys_of, noise, silent, text
 
@@ -80,6 +82,18 @@ def test_image_that_wanders_between_frames_loads_each_once(
     export_image(store, "both", out / "image", silent)
     assert (out / "image").read_bytes() == b"".join(blocks(*turn) for turn in turns)
     assert len(loaded) == len(set(loaded)) > 4
+
+
+def test_stretches_cover_the_image_and_are_bounded_in_bytes_and_runs() -> None:
+    lengths = array("Q", [1] * 2500 + [1 << 30] + [200 << 10] * 7)
+    refs = array("Q", [*range(1 << 16, 2500 + (1 << 16)), 0, *(n << 17 for n in range(1, 8))])
+    counts = array("I", [1 if ref else 0 for ref in refs])
+    zeros = 1 << 30
+    record = fmt.ManifestRecord(sum(lengths), sum(counts), 1, zeros, lengths, refs, counts)
+    stretches = list(_stretches(Manifest(bytes(32), record)))
+    assert [run for stretch in stretches for run in stretch] == list(range(len(refs)))
+    # IOV_MAX is 1024.
+    assert [len(stretch) for stretch in stretches] == [1000, 1000, 500, 1, 3, 3, 1]
 
 
 def test_holes_take_no_space(store: Store, add: Add, out: Path) -> None:
