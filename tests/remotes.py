@@ -1,21 +1,38 @@
-"""What tests do with remotes: push, and read back without any of the code that pulls."""
+"""What tests do with remotes: push, read back without any of the code that pulls, and make what
+releases of before did."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import zstandard
+from blake3 import blake3
+
 from dedupstore import format as fmt
-from dedupstore.frames import Codecs
+from dedupstore.frames import Codecs, encode_new
 from dedupstore.remote import layout
 from dedupstore.remote.collecting import RemoteCollected, collect_remote
 from dedupstore.remote.configuration import find_to_change
 from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote.manifests import RemoteManifest, frames_of, image_digest
+from dedupstore.remote.packs import FRAME_SEED
 from dedupstore.remote.pushing import Pushed, push_image, stored_record
 from dedupstore.remote.remote import Remote, open_frame
 from dedupstore.store import Store
 from tests.conftest import silent
+
+
+def packed_record(*chunks: bytes) -> bytearray:
+    """The record of a frame as it is in a pack."""
+    slots = tuple(fmt.Slot(blake3(chunk).digest(), len(chunk)) for chunk in chunks)
+    record = encode_new(Codecs(), slots, list(chunks)).record
+    fmt.seal_frame(record, FRAME_SEED)
+    return record
 
 
 def push(
@@ -46,10 +63,10 @@ def image_bytes(remote: Remote, name: str) -> bytes:
     """An image's contents, every chunk and the image itself verified against their digests."""
     root = remote.root(name)
     manifest = remote.manifest(root)
-    indexes = remote.indexes(manifest.packs)
-    frames = list(layout.frames_of(manifest, indexes))
+    indexes = remote.indexes(manifest)
+    frames = list(frames_of(manifest, indexes))
     slots = [frame.header().slots for _, frame in frames]
-    assert layout.image_digest(manifest, slots) == root.digest
+    assert image_digest(manifest, slots) == root.digest
     assert manifest.size == root.size
     codecs = Codecs()
     raw = [
@@ -75,9 +92,53 @@ def assert_whole(remote: Remote) -> list[str]:
     return names
 
 
+def without_bundles(manifest: RemoteManifest) -> bytes:
+    """A manifest of version 1, by the byte table of docs/remote-format.md: it knew no bundles."""
+    packs, refs = manifest.packs, manifest.refs
+    frames, runs = len(manifest.frame_packs), len(refs)
+    steps = [ref - before for before, ref in pairwise([0, *refs])]
+    columns = b"".join(
+        (
+            *(ref.pack for ref in packs),
+            struct.pack(f"<{len(packs)}I", *(ref.pack_bytes for ref in packs)),
+            struct.pack(f"<{len(packs)}I", *(ref.index_bytes for ref in packs)),
+            struct.pack(f"<{frames}I", *manifest.frame_packs),
+            struct.pack(f"<{frames}I", *manifest.frame_numbers),
+            struct.pack(f"<{runs}Q", *manifest.lengths),
+            struct.pack(f"<{runs}q", *steps),
+            struct.pack(f"<{runs}I", *manifest.counts),
+        )
+    )
+    counters = (manifest.size, manifest.chunks, manifest.unique_bytes, manifest.zero_bytes)
+    numbers = (len(packs), frames, runs)
+    head = struct.pack(
+        "<8sHH16sIIIQQQQ", b"dedupMAN", 1, 0, b"sixteen bytes...", *numbers, *counters
+    )
+    return head + zstandard.compress(columns)
+
+
+def make_old(remote: Remote) -> None:
+    """Leave a remote as releases did that knew no bundles of indexes."""
+    for root in remote.roots():
+        data = without_bundles(remote.manifest(root))
+        manifest = blake3(data).digest()
+        remote.objects.put(layout.manifest_path(manifest), data)
+        _, version = remote.root_version(root.name)
+        old = replaced(root, manifest=manifest, manifest_bytes=len(data))
+        remote.put_root(old, version)
+        remote.objects.delete(layout.manifest_path(root.manifest))
+    for bundle in remote.bundles():
+        remote.objects.delete(layout.bundle_path(bundle))
+
+
 def pack_files(directory: Path) -> list[Path]:
     """The packs of a remote in a directory."""
     return sorted(path for path in (directory / "packs").rglob("*") if path.is_file())
+
+
+def bundle_files(directory: Path) -> list[Path]:
+    """The bundles of indexes of a remote in a directory."""
+    return sorted((directory / "indexes").glob("*"))
 
 
 def collect(remote: Remote, seconds: float = 0, *, dry_run: bool = False) -> RemoteCollected:

@@ -13,10 +13,13 @@ from dedupstore import format as fmt
 from dedupstore.cli.context import Context, pass_context
 from dedupstore.cli.output import human_bytes, json_option, print_json, progress
 from dedupstore.errors import UsageError
-from dedupstore.traces import read_trace
+from dedupstore.traces import Trace, read_trace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dedupstore.remote.pulling import Pulled
+    from dedupstore.store import Store
 
 _PREFETCH = {name: number for number, name in fmt.PREFETCH_NAMES.items()}
 _UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -39,7 +42,8 @@ _UNITS = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     "--trace",
     "trace_file",
     type=click.Path(path_type=Path),
-    help="With --prefetch trace: what to fetch, in which order (see 'trace record').",
+    help="With --lazy: bring what is in this trace, too (see 'trace record'); with --prefetch "
+    "trace: have servers do it.",
 )
 @click.option(
     "--metadata", is_flag=True, help="With --lazy: bring the file system's metadata, too."
@@ -67,11 +71,14 @@ def pull(
     """
     if target is not None and len(names) != 1:
         raise UsageError("--as: for one image at a time")
-    if (ahead is not None or metadata) and not lazy:
-        raise UsageError("--prefetch, --metadata: for images that are pulled --lazy")
-    if (ahead == "trace") != (trace_file is not None):
-        raise UsageError("--prefetch trace and --trace FILE go together")
+    if (ahead is not None or metadata or trace_file is not None) and not lazy:
+        raise UsageError("--prefetch, --trace, --metadata: for images that are pulled --lazy")
+    if ahead == "trace" and trace_file is None:
+        raise UsageError("--prefetch trace: of which? (--trace FILE)")
+    if ahead in ("none", "all") and trace_file is not None:
+        raise UsageError(f"--prefetch {ahead}: takes no --trace")
     recorded = None if trace_file is None else read_trace(trace_file)
+    now = recorded if ahead is None else None
     pulled = []
     with context.open(grows=True) as store:
         for name in dict.fromkeys(names):
@@ -86,17 +93,32 @@ def pull(
                     prefetch=None if ahead is None else _PREFETCH[ahead],
                     trace=recorded,
                 )
-            if metadata:
-                before = store.fetcher().counters.bytes
-                store.fetch_metadata(one.name)
-                came = store.fetcher().counters.bytes - before
-                left = store.missing_bytes(one.name)
-                one = replaced(one, fetched_bytes=one.fetched_bytes + came, missing_bytes=left)
+                if metadata or now is not None:
+                    one = _bring(store, one, now, on_progress, metadata=metadata)
             pulled.append(one)
             if not as_json:
                 show_pulled(one, lazy=lazy)
     if as_json:
         print_json({"images": pulled})
+
+
+def _bring(
+    store: Store,
+    pulled: Pulled,
+    trace: Trace | None,
+    on_progress: Callable[[int, int], None],
+    *,
+    metadata: bool,
+) -> Pulled:
+    """Fetch what is asked for of an image whose contents are elsewhere."""
+    before = store.fetcher().counters.bytes
+    if metadata:
+        store.fetch_metadata(pulled.name)
+    if trace is not None:
+        store.prefetch(pulled.name, trace, on_progress)
+    came = store.fetcher().counters.bytes - before
+    left = store.missing_bytes(pulled.name)
+    return replaced(pulled, fetched_bytes=pulled.fetched_bytes + came, missing_bytes=left)
 
 
 def show_pulled(pulled: Pulled, *, lazy: bool) -> None:

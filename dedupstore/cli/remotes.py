@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import UUID
 
 import click
@@ -30,6 +31,7 @@ from dedupstore.remote.configuration import (
 )
 from dedupstore.remote.objects import without_credentials
 from dedupstore.remote.pushing import Pushed
+from dedupstore.traces import read_trace
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -203,23 +205,35 @@ def _show_collected(collected: RemoteCollected) -> None:
 @click.argument("remote_name", metavar="REMOTE")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--replace", is_flag=True, help="Replace other images of these names.")
+@click.option(
+    "--trace",
+    "trace_file",
+    type=click.Path(path_type=Path),
+    help="Lay out what is in this trace in its order, before the rest (see 'trace record').",
+)
 @json_option
 @pass_context
 def push(
-    context: Context, remote_name: str, names: tuple[str, ...], replace: bool, as_json: bool
+    context: Context,
+    remote_name: str,
+    names: tuple[str, ...],
+    replace: bool,
+    trace_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Push images to a remote; chunks that it has are not sent.
 
     Any number of hosts may push to a remote at a time.
     """
     done = []
+    trace = None if trace_file is None else read_trace(trace_file)
     with context.open(grows=True) as store:
         for name in dict.fromkeys(names):
             store.image(name)
         pusher = store.pusher(remote_name)
         for name in dict.fromkeys(names):
             with progress(f"push {name}") as on_progress:
-                pushed = pusher.push(name, on_progress, replace=replace)
+                pushed = pusher.push(name, on_progress, replace=replace, trace=trace)
             done.append(pushed)
             if not as_json:
                 show_pushed(pushed)

@@ -107,13 +107,14 @@ def collect_remote(
 
 
 def _objects(remote: Remote) -> list[Found]:
-    """The packs and manifests that are there."""
-    listed = (*remote.objects.list(layout.PACKS), *remote.objects.list(layout.MANIFESTS))
+    """The packs, bundles and manifests that are there."""
+    folders = (layout.PACKS, layout.INDEXES, layout.MANIFESTS)
+    listed = (found for folder in folders for found in remote.objects.list(folder))
     return [found for found in listed if layout.id_of(found.path) is not None]
 
 
 def _needed(remote: Remote, root: layout.Root) -> list[str]:
-    """The paths of the manifest and the packs that an image needs."""
+    """The paths of the manifest, the bundles and the packs that an image needs."""
     try:
         manifest = remote.manifest(root)
     except (RemoteNotFoundError, RemoteDamagedError) as error:
@@ -123,6 +124,7 @@ def _needed(remote: Remote, root: layout.Root) -> list[str]:
         ) from None
     return [
         layout.manifest_path(root.manifest),
+        *(layout.bundle_path(bundle.bundle) for bundle in manifest.bundles),
         *(layout.pack_path(pack.pack) for pack in manifest.packs),
     ]
 

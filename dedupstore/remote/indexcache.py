@@ -1,8 +1,8 @@
 """Indexes of packs, kept on disk so that pushes need not read them again: derived data.
 
-One file for each pack below the store's directory, `remotes/<UUID>/<pack id>`, which is the index
-as in the pack. The id proves it, so a damaged or missing one is only read again. Files appear
-whole. A cache that cannot be written does without. Thread-safe, over processes, too.
+Files below the store's directory, `remotes/<UUID>/<id>`: bundles of indexes as in the remote, and
+indexes as in their packs. The id proves each, so a damaged or missing one is only read again. Files
+appear whole. A cache that cannot be written does without. Thread-safe, over processes, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import UUID
 
 from dedupstore.errors import RemoteDamagedError
-from dedupstore.remote import layout
+from dedupstore.remote import packs
 from dedupstore.remote.remote import Remote
 
 DIRECTORY = "remotes"
@@ -29,18 +29,29 @@ class IndexCache:
         self._directory = store / DIRECTORY / str(uuid)
         self._remote = remote
 
-    def get(self, pack: bytes, pack_bytes: int) -> layout.PackIndex:
+    def get(self, pack: bytes, pack_bytes: int) -> packs.PackIndex:
         """The index of a pack that has `pack_bytes` bytes. Raises RemoteError."""
-        path = self._directory / pack.hex()
         with suppress(OSError, RemoteDamagedError):
-            return layout.decode_index(path.read_bytes(), pack, pack_bytes)
+            return packs.decode_index(self._kept(pack), pack, pack_bytes)
         raw = self._remote.listed_index(pack, pack_bytes)
         self.put(pack, raw)
-        return layout.decode_index(raw, pack, pack_bytes)
+        return packs.decode_index(raw, pack, pack_bytes)
 
-    def put(self, pack: bytes, raw: bytes) -> None:
-        """Keep an index, `raw` being its bytes."""
-        path = self._directory / pack.hex()
+    def get_bundle(self, bundle: bytes, length: int) -> tuple[bytes, tuple[packs.Bundled, ...]]:
+        """A bundle of so many bytes: its bytes, and what is in it. Raises RemoteError."""
+        with suppress(OSError, RemoteDamagedError):
+            raw = self._kept(bundle)
+            return raw, packs.decode_bundle(raw, bundle)
+        raw = self._remote.bundle(bundle, length)
+        self.put(bundle, raw)
+        return raw, packs.decode_bundle(raw, bundle)
+
+    def _kept(self, name: bytes) -> bytes:
+        return (self._directory / name.hex()).read_bytes()
+
+    def put(self, name: bytes, raw: bytes) -> None:
+        """Keep an index or a bundle by its id, `raw` being its bytes."""
+        path = self._directory / name.hex()
         aside = path.with_name(f".{path.name[:16]}.{os.urandom(8).hex()}")
         with suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,16 +61,16 @@ class IndexCache:
             finally:
                 aside.unlink(missing_ok=True)
 
-    def keep_only(self, packs: Container[bytes]) -> None:
-        """Forget the indexes of all packs but these."""
+    def keep_only(self, names: Container[bytes]) -> None:
+        """Forget all but these packs' indexes and bundles."""
         with suppress(OSError), os.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(OSError):
-                    if not self._is_of(entry, packs):
+                    if not self._is_of(entry, names):
                         Path(entry.path).unlink()
 
-    def _is_of(self, entry: os.DirEntry[str], packs: Container[bytes]) -> bool:
+    def _is_of(self, entry: os.DirEntry[str], names: Container[bytes]) -> bool:
         try:
-            return bytes.fromhex(entry.name) in packs
+            return bytes.fromhex(entry.name) in names
         except ValueError:  # being written, or left by a killed process
             return entry.stat().st_mtime > time.time() - _ABANDONED_SECONDS

@@ -25,7 +25,9 @@ from dedupstore.leases import Leases, image_byte
 from dedupstore.outline import is_whole
 from dedupstore.places import Place, PlaceRecord, find_distant, this_hour
 from dedupstore.remote.fetching import Fetcher
-from dedupstore.remote.layout import PackIndex, RemoteManifest, Root, frames_of, image_digest
+from dedupstore.remote.layout import Root
+from dedupstore.remote.manifests import RemoteManifest, frames_of, image_digest
+from dedupstore.remote.packs import PackIndex
 from dedupstore.remote.remote import Remote
 
 Progress = Callable[[int, int], None]
@@ -142,7 +144,7 @@ class Puller:
     def _adopt(self, root: Root) -> fmt.ManifestRecord:
         """Store the manifest of an image and the frames that are not known here."""
         remote_manifest = self._remote.manifest(root)
-        indexes = self._remote.indexes(remote_manifest.packs)
+        indexes = self._remote.indexes(remote_manifest)
         tables = _tables(remote_manifest, indexes)
         _verify(root, remote_manifest, tables)
         with self._env.write() as txn:
@@ -252,10 +254,6 @@ class _Adoption:
             places,
             counts,
         )
-
-    def _position(self, number: int) -> tuple[int, int]:
-        """Where a frame lies: number of its pack, offset."""
-        return self._manifest.frame_packs[number], self._tables[number].offset
 
     def _needed(self) -> list[int]:
         """A bit mask for each frame: the slots that the image needs."""

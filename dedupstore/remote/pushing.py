@@ -1,17 +1,16 @@
 """Sending an image to a remote: what the remote has is not sent (docs/remote-format.md, "Push").
 
-Owns the order of the push's writes: packs, then a look at what was condemned meanwhile, then the
-manifest, then the root document, on a condition. `sending` makes and writes the packs. Chunks are
-found by reading the indexes of all packs, one by one: memory grows with the image, not with the
-remote. Any number of pushes, in any number of processes and hosts, may run beside each other and
-beside gc. One `Push` belongs to one thread.
+Owns the order of the push's writes: packs, then a look at what was condemned meanwhile, then a
+bundle of the packs' indexes, then the manifest, then the root document, on a condition. `sending`
+makes and writes the packs, `contents` finds what is there. Any number of pushes, in any number of
+processes and hosts, may run beside each other and beside gc. One `Push` belongs to one thread.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,17 +29,18 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Fetches, read_frame
 from dedupstore.leases import Leases, image_byte
-from dedupstore.remote import layout
+from dedupstore.remote import layout, manifests
 from dedupstore.remote.configuration import find_to_change
+from dedupstore.remote.contents import ChunkPlace, Contents
 from dedupstore.remote.indexcache import IndexCache
-from dedupstore.remote.remote import Remote, in_parallel, new_salt
-from dedupstore.remote.sending import Place, Sender, needed_frames, same_chunks
+from dedupstore.remote.packs import PackIndex
+from dedupstore.remote.remote import Remote, new_salt
+from dedupstore.remote.sending import Sender, needed_frames, same_chunks
+from dedupstore.traces import Trace
 
 # How often packs may vanish under a push before it gives up: each time a gc with a grace period
 # shorter than the push must have run.
 _ROUNDS_MAX = 5
-# Indexes read at a time, so that as many are in memory.
-_INDEXES_AT_ONCE = 64
 
 OnSent = Callable[[int, bytes, int, int], None]
 """Gets (local frame, pack id, offset, length) of each local frame that the remote has as it is,
@@ -50,8 +50,8 @@ with the same chunks in the same slots, once the image is there."""
 @dataclass(frozen=True, slots=True)
 class Pushed:
     """What a push did. `new_bytes` and `new_chunks` are what of the image the remote had not;
-    `sent_bytes` all that was written to it, in `packs` packs and two documents; 0, if the remote
-    had the image under this name."""
+    `sent_bytes` all that was written to it, in `packs` packs and a few other objects; 0, if the
+    remote had the image under this name."""
 
     name: str
     digest: str
@@ -83,7 +83,14 @@ class Pusher:
         self._remote.probe()
         self._cache = IndexCache(store, self._remote, uuid)
 
-    def push(self, name: str, on_progress: Callable[[int, int], None], *, replace: bool) -> Pushed:
+    def push(
+        self,
+        name: str,
+        on_progress: Callable[[int, int], None],
+        *,
+        replace: bool,
+        trace: Trace | None = None,
+    ) -> Pushed:
         """Push an image: see `push_image`. The frames that went as they are have a further place
         from now on, so that they may be dropped here when room is needed."""
         sent: dict[int, places.Place] = {}
@@ -96,6 +103,7 @@ class Pusher:
             name,
             load=self._load,
             replace=replace,
+            trace=trace,
             on_progress=on_progress,
             on_sent=lambda frame, *place: sent.update({frame: places.Place(number, *place)}),
         )
@@ -117,10 +125,11 @@ def push_image(
     *,
     load: Callable[[int], bytes],
     replace: bool = False,
+    trace: Trace | None = None,
     on_progress: Callable[[int, int], None],
     on_sent: OnSent,
 ) -> Pushed:
-    """Push the image `name`.
+    """Push the image `name`; what a `trace` has of what is sent lies together, in its order.
 
     `load` gives the verified record of a local frame, and may be called by several threads.
     `on_progress` gets (raw bytes sent since the last call, raw bytes to send in all).
@@ -139,7 +148,7 @@ def push_image(
         push = Push(env, remote, cache, image, load, on_progress)
         if root is not None and root.digest == image.digest:
             return push.nothing(name)
-        manifest = push.send()
+        manifest = push.send(() if trace is None else trace.digests)
         root = layout.Root(
             name, image.digest, image.size, image.kind, time.time(), *push.write_manifest(manifest)
         )
@@ -199,78 +208,48 @@ class Push:
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._remote = remote
-        self._cache = cache
         self._digest = image.digest
         with env.read() as txn:
             self._manifest = catalog.read_manifest(txn, env, image.digest)
             self._frames = needed_frames(txn, env, self._manifest)
-        self._places: dict[bytes, Place] = {}
-        self._indexes: dict[bytes, layout.PackIndex] = {}
-        self._sender = Sender(remote, cache, load, on_progress)
+        self._contents = Contents(remote, cache)
+        self._sender = Sender(remote, load, on_progress)
         self._document_bytes = 0
 
-    def send(self) -> layout.RemoteManifest:
-        """Have every chunk in a pack that stays; return the image's manifest."""
+    def send(self, first: Sequence[bytes]) -> manifests.RemoteManifest:
+        """Have every chunk in a pack that stays, of those that are sent `first` first, digests;
+        return the image's manifest."""
         for attempt in range(_ROUNDS_MAX):
-            usable = self._usable()
-            self._places = {d: p for d, p in self._places.items() if p.pack in usable}
+            self._contents.look()
             missing = self._missing()
             if attempt and not missing:
-                return self._make_manifest()
-            self._find(usable, missing)
-            for index in self._sender.send(self._frames, frozenset(missing)):
-                self._note(index, missing)
+                return self._make_manifest(first)
+            self._contents.find(missing)
+            for index in self._sender.send(self._frames, frozenset(missing), first):
+                self._contents.note(index, missing)
         raise RemoteError(
             f"remote {shown(self._remote.name)}: packs vanish while they are written (is a gc with "
             "too short a grace period running?)"
         )
-
-    def _usable(self) -> dict[bytes, int]:
-        """Id and length of each pack that is there and not condemned, in this order: one that is
-        condemned after the first look is deleted a grace period later."""
-        condemned = {path for _, paths in self._remote.condemned().values() for path in paths}
-        return {
-            pack: found.size
-            for pack, found in self._remote.packs().items()
-            if found.path not in condemned
-        }
 
     def _missing(self) -> set[bytes]:
         return {
             slot.digest
             for local in self._frames.values()
             for slot in local.needed()
-            if slot.digest not in self._places
+            if slot.digest not in self._contents.places
         }
-
-    def _find(self, usable: dict[bytes, int], missing: set[bytes]) -> None:
-        """Take from `missing` what is in the packs that are there."""
-        self._cache.keep_only(usable)
-        packs = list(usable)
-        for at in range(0, len(packs), _INDEXES_AT_ONCE):
-            if not missing:
-                return
-            some = packs[at : at + _INDEXES_AT_ONCE]
-            for index in in_parallel(lambda pack: self._cache.get(pack, usable[pack]), some):
-                self._note(index, missing)
-
-    def _note(self, index: layout.PackIndex, missing: set[bytes]) -> None:
-        """Take from `missing` what is in a pack."""
-        for number, frame in enumerate(index.frames):
-            for slot, entry in enumerate(frame.header().slots):
-                if entry.digest in missing:
-                    missing.discard(entry.digest)
-                    self._places[entry.digest] = Place(index.pack, number, slot)
-                    self._indexes[index.pack] = index
 
     # --- the manifest ---
 
-    def _make_manifest(self) -> layout.RemoteManifest:
-        """The image's runs, with references into packs instead of into the store."""
-        packs: dict[bytes, int] = {}
-        frames: dict[tuple[bytes, int], int] = {}
+    def _make_manifest(self, first: Sequence[bytes]) -> manifests.RemoteManifest:
+        """The image's runs, with references into packs instead of into the store. Frames are listed
+        in the order in which they are needed: those with the `first` chunks before the others."""
+        places, listing = self._contents.places, _Listing(self._contents.indexes)
+        for digest in first:
+            if digest in places:
+                listing.number(places[digest])
         lengths, refs, counts = array("Q"), array("Q"), array("I")
-        slots: list[tuple[fmt.Slot, ...]] = []
         follows = -1
         local = self._manifest
         for run, ref, count in zip(local.lengths, local.refs, local.counts, strict=True):
@@ -281,15 +260,10 @@ class Push:
                 follows = -1
                 continue
             table = self._frames[ref >> fmt.REF_SLOT_BITS].slots
-            first = ref & fmt.REF_SLOT_MASK
-            for slot in table[first : first + count]:
-                place = self._places[slot.digest]
-                key = (place.pack, place.frame)
-                if key not in frames:
-                    packs.setdefault(place.pack, len(packs))
-                    frames[key] = len(frames)
-                    slots.append(self._indexes[place.pack].frames[place.frame].header().slots)
-                at = fmt.make_ref(1 + frames[key], place.slot)
+            begin = ref & fmt.REF_SLOT_MASK
+            for slot in table[begin : begin + count]:
+                place = places[slot.digest]
+                at = fmt.make_ref(listing.number(place), place.slot)
                 if at == follows:
                     lengths[-1] += slot.length
                     counts[-1] += 1
@@ -298,27 +272,29 @@ class Push:
                     refs.append(at)
                     counts.append(1)
                 follows = at + 1
-        manifest = layout.RemoteManifest(
+        bundles, pack_refs = self._contents.bundle(listing.packs)
+        manifest = manifests.RemoteManifest(
             local.size,
             local.chunks,
             local.unique_bytes,
             local.zero_bytes,
-            tuple(_ref(self._indexes[pack]) for pack in packs),
-            array("I", (packs[pack] for pack, _ in frames)),
-            array("I", (number for _, number in frames)),
+            bundles,
+            pack_refs,
+            array("I", (listing.packs[pack] for pack, _ in listing.frames)),
+            array("I", (number for _, number in listing.frames)),
             lengths,
             refs,
             counts,
         )
-        if layout.image_digest(manifest, slots) != self._digest:
+        if manifests.image_digest(manifest, listing.slots) != self._digest:
             raise StoreDamagedError(
                 f"image {self._digest.hex()[:16]} does not have its digest (run 'dedupstore check')"
             )
         return manifest
 
-    def write_manifest(self, manifest: layout.RemoteManifest) -> tuple[bytes, int]:
+    def write_manifest(self, manifest: manifests.RemoteManifest) -> tuple[bytes, int]:
         """Write the manifest; return its id and length."""
-        data = layout.encode_manifest(manifest, new_salt())
+        data = manifests.encode_manifest(manifest, new_salt())
         digest = blake3(data).digest()
         self._remote.objects.put(layout.manifest_path(digest), data)
         self._document_bytes = len(data)
@@ -328,11 +304,12 @@ class Push:
 
     def tell(self, on_sent: OnSent) -> None:
         """Say which local frames the remote has as they are."""
+        places, indexes = self._contents.places, self._contents.indexes
         for frame, local in self._frames.items():
-            first = self._places[local.slots[0].digest] if local.whole else None
+            first = places[local.slots[0].digest] if local.whole else None
             if first is None:
                 continue
-            there = self._indexes[first.pack].frames[first.frame]
+            there = indexes[first.pack].frames[first.frame]
             if same_chunks(there.header().slots, local.slots):
                 on_sent(frame, first.pack, there.offset, there.length)
 
@@ -351,10 +328,27 @@ class Push:
             local.chunks,
             sender.chunks,
             sender.raw_bytes,
-            sender.sent_bytes + self._document_bytes + root_bytes,
+            sender.sent_bytes + self._contents.sent_bytes + self._document_bytes + root_bytes,
             sender.packs,
         )
 
 
-def _ref(index: layout.PackIndex) -> layout.PackRef:
-    return layout.PackRef(index.pack, index.pack_bytes, index.index_bytes)
+class _Listing:
+    """The frames and packs of a manifest in the making, by their places in its lists; and the slots
+    of each frame. `indexes`: those of the packs."""
+
+    def __init__(self, indexes: Mapping[bytes, PackIndex]) -> None:
+        self._indexes = indexes
+        self.packs: dict[bytes, int] = {}
+        self.frames: dict[tuple[bytes, int], int] = {}
+        self.slots: list[tuple[fmt.Slot, ...]] = []
+
+    def number(self, place: ChunkPlace) -> int:
+        """The number in references of the frame with this chunk, which is listed if it is not."""
+        key = (place.pack, place.frame)
+        at = self.frames.get(key)
+        if at is None:
+            at = self.frames[key] = len(self.frames)
+            self.packs.setdefault(place.pack, len(self.packs))
+            self.slots.append(self._indexes[place.pack].frames[place.frame].header().slots)
+        return 1 + at

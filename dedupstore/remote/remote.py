@@ -28,13 +28,28 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Codecs
 from dedupstore.remote import layout
+from dedupstore.remote.manifests import PackRef, RemoteManifest, decode_manifest, index_spans
 from dedupstore.remote.objects import Accept, Found, Objects, Version
+from dedupstore.remote.packs import (
+    BUNDLE_BYTES_MAX,
+    FRAME_SEED,
+    INDEX_HEAD_BYTES,
+    PACK_BYTES_MAX,
+    TRAILER_BYTES,
+    PackedFrame,
+    PackIndex,
+    decode_bundle,
+    decode_index,
+    decode_trailer,
+)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 # Small objects that are read at a time: what a request waits for is the distance.
 PARALLEL = 16
+# What need not come may come between indexes of one bundle: a request less pays for it.
+_INDEX_GAP_BYTES = 64 << 10
 # A pack's index, mostly: one request brings it and the trailer.
 _INDEX_BYTES_LIKELY = 128 << 10
 
@@ -154,7 +169,7 @@ class Remote:
             raise self.no_image(name)
         self.objects.delete_version(path, found[1])
 
-    def manifest(self, root: layout.Root) -> layout.RemoteManifest:
+    def manifest(self, root: layout.Root) -> RemoteManifest:
         """The manifest of an image; it has its id."""
         path = layout.manifest_path(root.manifest)
         if root.manifest_bytes > layout.MANIFEST_BYTES_MAX:
@@ -165,18 +180,25 @@ class Remote:
                 raise RemoteDamagedError(f"{path}: does not have its digest")
 
         data = self.objects.read(path, root.manifest_bytes, accept)
-        return layout.decode_manifest(data, root.manifest)
+        return decode_manifest(data, root.manifest)
 
     # --- packs ---
 
     def packs(self) -> dict[bytes, Found]:
         """The packs that are there now, by id, condemned or not."""
-        found = ((layout.id_of(one.path), one) for one in self.objects.list(layout.PACKS))
-        return {pack: one for pack, one in found if pack is not None}
+        return self._listed(layout.PACKS)
+
+    def bundles(self) -> dict[bytes, Found]:
+        """The bundles of indexes that are there now, by id, condemned or not."""
+        return self._listed(layout.INDEXES)
+
+    def _listed(self, folder: str) -> dict[bytes, Found]:
+        found = ((layout.id_of(one.path), one) for one in self.objects.list(folder))
+        return {name: one for name, one in found if name is not None}
 
     def condemned(self) -> dict[str, tuple[Found, frozenset[str]]]:
         """The condemned documents that are there now, by path, and what each condemns: paths of
-        packs and manifests."""
+        packs, bundles and manifests."""
 
         def read(found: Found) -> frozenset[str] | None:
             data = self.objects.read_version(found.path, layout.CONDEMNED_BYTES_MAX)
@@ -190,43 +212,72 @@ class Remote:
             if paths is not None  # deleted since
         }
 
-    def indexes(self, packs: Iterable[layout.PackRef]) -> dict[bytes, layout.PackIndex]:
-        """The indexes of packs, by id; many are read at a time."""
-        found = in_parallel(self.index, packs)
-        return {index.pack: index for index in found}
+    def indexes(self, manifest: RemoteManifest) -> dict[bytes, PackIndex]:
+        """The indexes of an image's packs, by id; those that lie together in a bundle come
+        together. A bundle only spares requests: what it does not give is read from the packs."""
+        spans = in_parallel(
+            lambda span: self._bundled(*span), index_spans(manifest, _INDEX_GAP_BYTES)
+        )
+        found = {index.pack: index for span in spans for index in span}
+        others = [ref for ref in manifest.packs if ref.pack not in found]
+        return found | {index.pack: index for index in in_parallel(self.index, others)}
 
-    def index(self, ref: layout.PackRef) -> layout.PackIndex:
+    def _bundled(self, bundle: bytes, refs: Sequence[PackRef]) -> list[PackIndex]:
+        """Indexes that lie one behind the other, nearly, in a bundle."""
+        begin = refs[0].offset
+        found: list[PackIndex] = []
+
+        def accept(data: bytes) -> None:
+            found.clear()
+            for ref in refs:
+                index = data[ref.offset - begin : ref.offset - begin + ref.index_bytes]
+                found.append(decode_index(index, ref.pack, ref.pack_bytes))
+
+        length = refs[-1].offset + refs[-1].index_bytes - begin
+        with suppress(RemoteNotFoundError, RemoteDamagedError):
+            self.objects.read_range(layout.bundle_path(bundle), begin, length, accept)
+            return found
+        return []
+
+    def bundle(self, bundle: bytes, length: int) -> bytes:
+        """A bundle of indexes; it has its id."""
+        path = layout.bundle_path(bundle)
+        if length > BUNDLE_BYTES_MAX:
+            raise RemoteDamagedError(f"{path}: has {length} bytes")
+        return self.objects.read(path, length, lambda data: decode_bundle(data, bundle))
+
+    def index(self, ref: PackRef) -> PackIndex:
         """The index of one pack; it has the pack's id."""
-        return layout.decode_index(self._index_bytes(ref), ref.pack, ref.pack_bytes)
+        return decode_index(self._index_bytes(ref), ref.pack, ref.pack_bytes)
 
-    def _index_bytes(self, ref: layout.PackRef) -> bytes:
+    def _index_bytes(self, ref: PackRef) -> bytes:
         return self.read(
             ref.pack,
-            ref.pack_bytes - layout.TRAILER_BYTES - ref.index_bytes,
+            ref.pack_bytes - TRAILER_BYTES - ref.index_bytes,
             ref.index_bytes,
-            lambda data: layout.decode_index(data, ref.pack, ref.pack_bytes),
+            lambda data: decode_index(data, ref.pack, ref.pack_bytes),
         )
 
     def listed_index(self, pack: bytes, pack_bytes: int) -> bytes:
         """The index, as it is in the pack, of a pack of which only the length is known."""
-        least = layout.INDEX_HEAD_BYTES + layout.TRAILER_BYTES
-        if not least <= pack_bytes <= layout.PACK_BYTES_MAX:
+        least = INDEX_HEAD_BYTES + TRAILER_BYTES
+        if not least <= pack_bytes <= PACK_BYTES_MAX:
             raise RemoteDamagedError(f"pack {pack.hex()[:16]}: has {pack_bytes} bytes")
 
         def split(tail: bytes) -> tuple[int, bytes]:
             """Length of the index, and as much of it as is here, verified if it is all."""
-            trailer = tail[-layout.TRAILER_BYTES :]
-            index_bytes = layout.decode_trailer(trailer, pack, pack_bytes)
-            index = tail[: -layout.TRAILER_BYTES][-index_bytes:]
+            trailer = tail[-TRAILER_BYTES:]
+            index_bytes = decode_trailer(trailer, pack, pack_bytes)
+            index = tail[:-TRAILER_BYTES][-index_bytes:]
             if len(index) == index_bytes:
-                layout.decode_index(index, pack, pack_bytes)
+                decode_index(index, pack, pack_bytes)
             return index_bytes, index
 
         length = min(_INDEX_BYTES_LIKELY, pack_bytes)
         index_bytes, index = split(self.read(pack, pack_bytes - length, length, split))
         if len(index) == index_bytes:
             return index
-        return self._index_bytes(layout.PackRef(pack, pack_bytes, index_bytes))
+        return self._index_bytes(PackRef(pack, pack_bytes, index_bytes))
 
     def read(self, pack: bytes, offset: int, length: int, accept: Accept | None = None) -> bytes:
         """`length` bytes of a pack. `accept` raises a DedupError when they are wrong."""
@@ -241,13 +292,13 @@ class Remote:
         return True
 
 
-def open_frame(frame: layout.PackedFrame, record: fmt.Buffer, codecs: Codecs) -> bytes:
+def open_frame(frame: PackedFrame, record: fmt.Buffer, codecs: Codecs) -> bytes:
     """The raw bytes of a frame that was read from a pack, every chunk of it verified against its
     digest. Raises RemoteDamagedError."""
     if len(record) != frame.length or record[: len(frame.head)] != frame.head:
         raise RemoteDamagedError("a frame does not begin as its pack's index says")
     try:
-        raw = codecs.decode(memoryview(record), layout.FRAME_SEED)
+        raw = codecs.decode(memoryview(record), FRAME_SEED)
     except ChunkDamagedError as error:
         raise RemoteDamagedError(f"a frame {error.reason}") from None
     at, view = 0, memoryview(raw)

@@ -1,18 +1,20 @@
 """Which frames a push sends, and the packs that it writes.
 
 Owns the choice: a local frame whose chunks the image all needs, and the remote all lacks, goes as
-it is, its record only sealed anew; of others the chunks that are lacking are packed anew. Packs are
-written in the image's order, several at a time; what is in memory is bounded by that. One `Sender`
-belongs to one thread.
+it is, its record only sealed anew; of others the chunks that are lacking are packed anew. Chunks of
+a trace come first, in its order, in frames of their own: a host that starts by them asks for little
+else. Packs are written in the image's order, several at a time; what is in memory is bounded by
+that. One `Sender` belongs to one thread.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
 import lmdb
 
@@ -21,8 +23,7 @@ from dedupstore.constants import FRAME_SLOTS_MAX, MIB
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError
 from dedupstore.frames import Codecs, FrameBuilder, encode_new, read_head
-from dedupstore.remote import layout
-from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote import layout, packs
 from dedupstore.remote.remote import Remote, new_salt
 
 # A pack is closed when it has this many bytes. Large enough that a request's cost is noise, small
@@ -31,15 +32,6 @@ PACK_BYTES = 8 * MIB
 # Packs written, and frames loaded, at a time.
 _UPLOADS = 4
 _FRAMES_AHEAD = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a chunk is in a remote: pack id, number of the frame in it, slot."""
-
-    pack: bytes
-    frame: int
-    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,45 +100,39 @@ class Sender:
     def __init__(
         self,
         remote: Remote,
-        cache: IndexCache,
         load: Callable[[int], bytes],
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._remote = remote
-        self._cache = cache
         self._load = load
         self._on_progress = on_progress
         self._codecs = Codecs()
         self.chunks = self.raw_bytes = self.sent_bytes = self.packs = 0
 
     def send(
-        self, frames: Mapping[int, Local], missing: frozenset[bytes]
-    ) -> Iterator[layout.PackIndex]:
-        """Write the `missing` chunks of these frames; yield the index of each pack once it is
-        there."""
-        tasks = _plan(frames, missing)
-        total = sum(task.raw_bytes for task in tasks)
-        records = self._records(tasks)
+        self, frames: Mapping[int, Local], missing: frozenset[bytes], first: Sequence[bytes]
+    ) -> Iterator[packs.PackIndex]:
+        """Write the `missing` chunks of these frames, those that are among `first`, digests, in
+        that order before the others; yield the index of each pack once it is there."""
+        parts = _plan(frames, missing, first)
+        total = sum(task.raw_bytes for tasks in parts for task in tasks)
         uploads = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload")
-        under_way: deque[Future[layout.NewPack]] = deque()
+        under_way: deque[Future[packs.NewPack]] = deque()
         try:
-            for pack in _packs(records):
+            for pack in self._packs(parts):
                 under_way.append(uploads.submit(self._write, pack))
                 if len(under_way) >= _UPLOADS:
                     yield self._count(under_way.popleft().result(), total)
             while under_way:
                 yield self._count(under_way.popleft().result(), total)
         finally:
-            records.close()
             uploads.shutdown(cancel_futures=True)
 
-    def _write(self, pack: layout.NewPack) -> layout.NewPack:
+    def _write(self, pack: packs.NewPack) -> packs.NewPack:
         self._remote.objects.put(layout.pack_path(pack.index.pack), pack.data)
-        end = len(pack.data) - layout.TRAILER_BYTES
-        self._cache.put(pack.index.pack, pack.data[end - pack.index.index_bytes : end])
         return pack
 
-    def _count(self, pack: layout.NewPack, total: int) -> layout.PackIndex:
+    def _count(self, pack: packs.NewPack, total: int) -> packs.PackIndex:
         headers = [frame.header() for frame in pack.index.frames]
         raw_bytes = sum(header.raw_bytes for header in headers)
         self.packs += 1
@@ -155,6 +141,15 @@ class Sender:
         self.chunks += sum(len(header.slots) for header in headers)
         self._on_progress(raw_bytes, total)
         return pack.index
+
+    def _packs(self, parts: Iterable[list[_Task]]) -> Iterator[packs.NewPack]:
+        """The packs of each part: whoever reads the first in order is not sent others."""
+        for tasks in parts:
+            records = self._records(tasks)
+            try:
+                yield from _packs(records)
+            finally:
+                records.close()
 
     def _records(self, tasks: list[_Task]) -> Generator[bytearray, None, None]:
         """The records of the frames to send, sealed."""
@@ -165,7 +160,7 @@ class Sender:
             if slots is None:
                 header = fmt.decode_frame_header(view, task.frame)
                 if same_chunks(header.slots, task.local.slots):
-                    fmt.seal_frame(record, layout.FRAME_SEED)
+                    fmt.seal_frame(record, packs.FRAME_SEED)
                     yield record
                     continue
                 slots = tuple(range(len(task.local.slots)))
@@ -184,7 +179,7 @@ class Sender:
 
     def _built(self, builder: FrameBuilder) -> bytearray:
         record = encode_new(self._codecs, *builder.take()).record
-        fmt.seal_frame(record, layout.FRAME_SEED)
+        fmt.seal_frame(record, packs.FRAME_SEED)
         return record
 
     def _loaded(self, tasks: list[_Task]) -> Iterator[tuple[_Task, bytearray]]:
@@ -203,10 +198,13 @@ class Sender:
             pool.shutdown(cancel_futures=True)
 
 
-def _plan(frames: Mapping[int, Local], missing: frozenset[bytes]) -> list[_Task]:
-    """What to send of each frame. A chunk that is in two goes once. In the order of their numbers:
-    an import's metadata then lies together."""
+def _plan(
+    frames: Mapping[int, Local], missing: frozenset[bytes], first: Sequence[bytes]
+) -> tuple[list[_Task], list[_Task]]:
+    """What to send of each frame, the `first` and the others. A chunk that is in two goes once. The
+    others go in the order of the frames' numbers: an import's metadata then lies together."""
     left = set(missing)
+    begin = _first_tasks(frames, left, first)
     tasks = []
     for frame, local in sorted(frames.items()):
         slots = []
@@ -215,13 +213,36 @@ def _plan(frames: Mapping[int, Local], missing: frozenset[bytes]) -> list[_Task]
                 left.remove(local.slots[i].digest)
                 slots.append(i)
         if slots:
-            raw_bytes = sum(local.slots[i].length for i in slots)
             whole = len(slots) == len(local.slots)
-            tasks.append(_Task(frame, local, None if whole else tuple(slots), raw_bytes))
-    return tasks
+            tasks.append(_task(frame, local, slots, whole=whole))
+    return begin, tasks
 
 
-def _packs(records: Iterator[bytearray]) -> Iterator[layout.NewPack]:
+def _first_tasks(
+    frames: Mapping[int, Local], left: set[bytes], first: Sequence[bytes]
+) -> list[_Task]:
+    """What goes before the others, in order, taken from `left`."""
+    wanted = left.intersection(first)
+    found = {
+        local.slots[i].digest: (frame, i)
+        for frame, local in frames.items()
+        for i in local.read
+        if local.slots[i].digest in wanted
+    }
+    left -= wanted
+    places = (found[digest] for digest in first if digest in wanted)
+    return [
+        _task(frame, frames[frame], [slot for _, slot in group], whole=False)
+        for frame, group in groupby(places, key=itemgetter(0))
+    ]
+
+
+def _task(frame: int, local: Local, slots: list[int], *, whole: bool) -> _Task:
+    raw_bytes = sum(local.slots[i].length for i in slots)
+    return _Task(frame, local, None if whole else tuple(slots), raw_bytes)
+
+
+def _packs(records: Iterator[bytearray]) -> Iterator[packs.NewPack]:
     """Records, collected to packs."""
     collected: list[fmt.Buffer] = []
     size = 0
@@ -230,5 +251,5 @@ def _packs(records: Iterator[bytearray]) -> Iterator[layout.NewPack]:
             collected.append(memoryview(record))
             size += len(record)
         if collected and (record is None or size >= PACK_BYTES):
-            yield layout.encode_pack(collected, new_salt())
+            yield packs.encode_pack(collected, new_salt())
             collected, size = [], 0

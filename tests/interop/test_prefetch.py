@@ -49,6 +49,44 @@ def test_after_a_prefetch_by_its_trace_a_run_asks_the_remote_for_nothing(
     assert there.metrics()["dedup_remote_requests_total"] == 0
 
 
+@pytest.fixture
+def trace(server: Servers, store_dir: StoreDirectory, tmp_path: Path) -> Path:
+    """A trace of reading PLACES of `base`."""
+    here = server(metrics=True)
+    file = tmp_path / "base.trace"
+    command = client_command(here.uri("base"), READ, *PLACES)
+    metrics = here.directory / "metrics"
+    store_dir.do("trace", "record", "base", file, "--metrics", metrics, "--", *command)
+    return file
+
+
+def test_a_pull_with_a_trace_brings_what_is_in_it_at_once(
+    server: Servers, elsewhere: StoreDirectory, trace: Path
+) -> None:
+    pulled = json.loads(elsewhere.do("pull", "r", "base", "--lazy", "--trace", trace, "--json"))
+    (image,) = pulled["images"]
+    assert image["fetched_bytes"] > 0
+    assert 0 < image["missing_bytes"] == missing(elsewhere, "base")
+    there = server(store=elsewhere.path, metrics=True)
+    there.client(READ, "base", *PLACES)
+    assert there.metrics()["dedup_remote_requests_total"] == 0
+
+
+def test_an_image_that_was_pushed_with_a_trace_starts_with_one_request(
+    server: Servers, store_dir: StoreDirectory, tmp_path: Path, trace: Path, images: Images
+) -> None:
+    store_dir.do("remote", "add", "laid-out", tmp_path / "laid-out")
+    store_dir.do("push", "laid-out", "base", "--trace", trace)
+    other = StoreDirectory(tmp_path / "third")
+    other.do("init")
+    other.do("remote", "add", "r", tmp_path / "laid-out")
+    other.do("pull", "r", "base", "--lazy")
+    there = server(store=other.path, metrics=True)
+    there.client(READ, "base", *PLACES)
+    assert there.metrics()["dedup_remote_requests_total"] == 1
+    assert there.read("base") == images.base.read_bytes()
+
+
 def test_a_running_server_fetches_ahead_and_heeds_pause_and_resume(
     server: Servers, elsewhere: StoreDirectory, images: Images
 ) -> None:

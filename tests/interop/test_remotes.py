@@ -24,20 +24,31 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Codecs
 from dedupstore.imported import Imported
-from dedupstore.remote import layout
+from dedupstore.remote import layout, packs
 from dedupstore.remote.collecting import RemoteCollected, collect_remote
 from dedupstore.remote.configuration import add_remote, find_remote
+from dedupstore.remote.manifests import frames_of
 from dedupstore.remote.objects import Found
 from dedupstore.remote.pushing import stored_record
 from dedupstore.remote.remote import Remote, open_frame
 from dedupstore.store import Store
-from tests.conftest import GRID, flipped, import_bytes, keys_of, noise, silent, text
+from tests.conftest import GRID, flipped, import_bytes, keys_of, noise, read_image, silent, text
 from tests.interop.objectstores import S3Server, seaweedfs
-from tests.remotes import assert_whole, collect, image_bytes, pack_files, push
+from tests.lazy import Asked, asked
+from tests.remotes import (
+    assert_whole,
+    bundle_files,
+    collect,
+    image_bytes,
+    make_old,
+    pack_files,
+    push,
+)
 
 Add = Callable[[str, bytes], Imported]
 
 BASE = noise(1, 300_000) + bytes(100_000) + text(2, 500_000)
+LONG = noise(4, 2_000_000)  # of many frames
 DERIVED = BASE[: 50 * GRID] + noise(3, 40 * GRID) + BASE[50 * GRID :]
 
 
@@ -135,7 +146,7 @@ def test_frames_go_as_they_are_and_are_told_of(store: Store, add: Add, folder: P
         local = stored_record(store.env, store.fetcher, frame)
         there = (folder / layout.pack_path(pack)).read_bytes()[offset : offset + length]
         assert there[8:] == local[8:]
-        fmt.verify_frame(there, layout.FRAME_SEED)
+        fmt.verify_frame(there, packs.FRAME_SEED)
     again = []
     store.clone("base", "clone")
     push(store, "r", "clone", on_sent=lambda frame, *_: again.append(frame))
@@ -323,18 +334,18 @@ def test_gc_condemns_first_and_deletes_a_grace_period_later(
     remote.delete_root("b")
     wait_for_the_remote_s_clock()
     young = collect(remote, 3600)
-    assert (young.condemned, young.deleted, young.young) == (0, 0, 2)
+    assert (young.condemned, young.deleted, young.young) == (0, 0, 3)
     promised = collect(remote, dry_run=True)
-    assert (promised.condemned, promised.deleted) == (2, 0)
+    assert (promised.condemned, promised.deleted) == (3, 0)
     assert remote.condemned() == {}
     condemned = collect(remote)
-    assert (condemned.condemned, condemned.deleted, condemned.images) == (2, 0, 1)
+    assert (condemned.condemned, condemned.deleted, condemned.images) == (3, 0, 1)
     assert 400_000 < condemned.condemned_bytes < 420_000
     wait_for_the_remote_s_clock()
     waiting = collect(remote, 3600)
     assert (waiting.condemned, waiting.deleted, waiting.young) == (0, 0, 0)
     deleted = collect(remote)
-    assert (deleted.condemned, deleted.deleted) == (0, 2)
+    assert (deleted.condemned, deleted.deleted) == (0, 3)
     assert deleted.deleted_bytes == condemned.condemned_bytes
     assert remote.condemned() == {}
     assert assert_whole(remote) == ["a"]
@@ -361,7 +372,7 @@ def test_a_condemned_pack_that_is_needed_again_stays(store: Store, add: Add, fol
     root, _ = remote.root_version("a")
     assert root is not None
     remote.delete_root("a")
-    assert collect(remote).condemned == 2
+    assert collect(remote).condemned == 3
     remote.put_root(root, None)
     kept = collect(remote)
     assert (kept.deleted, kept.condemned) == (0, 0)
@@ -400,7 +411,7 @@ def test_a_pack_that_a_gc_takes_from_under_a_push_is_sent_again(
 
     pushed = push(store, "r", "b", load=load)
     assert pushed.new_bytes > 0
-    assert collected[0].condemned == 2
+    assert collected[0].condemned == 3
     for _ in range(2):
         collect(remote)
     assert image_bytes(remote, "b") == DERIVED
@@ -458,7 +469,303 @@ def test_gc_deletes_nothing_when_it_cannot_tell_what_is_needed(
         collect(remote)
     assert remote.condemned() == {}
     remote.delete_root("a")
-    assert collect(remote).condemned == 4
+    assert collect(remote).condemned == 6
+
+
+# --- bundles of indexes ---
+
+
+@pytest.fixture
+def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pushes write many packs."""
+    monkeypatch.setattr("dedupstore.remote.sending.PACK_BYTES", 50_000)
+
+
+@pytest.fixture
+def another(url: str, tmp_path: Path) -> Iterator[Store]:
+    """The store of another host, which knows the remote."""
+    with Store.create(tmp_path / "another") as other:
+        add_remote(other.env, "r", [url])
+        yield other
+
+
+def below(folder: str, remote: Asked) -> list[str]:
+    """The objects that were read, by request."""
+    return [path for path, _, _ in remote.reads if path.startswith(folder)]
+
+
+def pulled(store: Store, name: str) -> bytes:
+    """An image's bytes, after a pull of what it is made of."""
+    store.pull("r", name, name, silent, lazy=True)
+    return read_image(store, name)
+
+
+in_directory = pytest.mark.parametrize("url", ["directory"], indirect=True)
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_push_bundles_the_indexes_of_the_packs_it_wrote(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    add("a", LONG)
+    pushed = push(store, "r", "a")
+    manifest = remote.manifest(remote.root("a"))
+    (bundle,) = manifest.bundles
+    assert list(remote.bundles()) == [bundle.bundle]
+    entries = packs.decode_bundle(remote.bundle(bundle.bundle, bundle.length), bundle.bundle)
+    assert len(entries) == pushed.packs > 5
+    assert {entry.pack for entry in entries} == set(remote.packs())
+    assert pushed.sent_bytes == sum(
+        one.size
+        for folder in ("packs/", "indexes/", "manifests/", "images/")
+        for one in remote.objects.list(folder)
+    )
+
+
+@in_directory
+@pytest.mark.usefixtures("small_packs")
+def test_a_pull_reads_one_bundle_and_no_index_of_a_pack(
+    store: Store, add: Add, remote: Remote, another: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add("a", LONG)
+    assert push(store, "r", "a").packs > 5
+    with asked(monkeypatch) as requests:
+        another.pull("r", "a", "a", silent, lazy=True)
+    (bundle,) = remote.bundles()
+    assert below("indexes/", requests) == [layout.bundle_path(bundle)]
+    assert below("packs/", requests) == []
+    assert read_image(another, "a") == LONG
+
+
+@in_directory
+@pytest.mark.usefixtures("small_packs")
+def test_a_pull_of_a_derived_image_reads_the_bundles_of_both_pushes(
+    store: Store, add: Add, remote: Remote, another: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add("base", BASE)
+    add("derived", DERIVED)
+    push(store, "r", "base")
+    push(store, "r", "derived")
+    with asked(monkeypatch) as requests:
+        another.pull("r", "derived", "derived", silent, lazy=True)
+    assert sorted(below("indexes/", requests)) == sorted(map(layout.bundle_path, remote.bundles()))
+    assert len(remote.bundles()) == 2
+    assert below("packs/", requests) == []
+    assert read_image(another, "derived") == DERIVED
+
+
+@in_directory
+@pytest.mark.usefixtures("small_packs")
+def test_a_push_from_another_host_reads_bundles_and_no_index_of_a_pack(
+    store: Store,
+    add: Add,
+    remote: Remote,
+    another: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add("base", BASE)
+    push(store, "r", "base")
+    import_bytes(another, tmp_path, "derived", DERIVED)
+    (bundle,) = remote.bundles()
+    with asked(monkeypatch) as requests:
+        push(another, "r", "derived")
+    assert below("indexes/", requests) == [layout.bundle_path(bundle)]
+    assert below("packs/", requests) == []
+    manifest = remote.manifest(remote.root("derived"))
+    assert {ref.bundle for ref in manifest.bundles} == set(remote.bundles())
+    assert image_bytes(remote, "derived") == DERIVED
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_bundle_is_closed_before_it_is_too_long(
+    store: Store, add: Add, remote: Remote, another: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dedupstore.remote.contents._BUNDLE_BYTES", 1500)
+    add("a", LONG)
+    push(store, "r", "a")
+    bundles = [
+        packs.decode_bundle(remote.bundle(bundle, there.size), bundle)
+        for bundle, there in remote.bundles().items()
+    ]
+    assert len(bundles) > 2
+    assert {entry.pack for entries in bundles for entry in entries} == set(remote.packs())
+    for entries in bundles:
+        assert len(entries) == 1 or sum(entry.index_bytes for entry in entries) <= 1500
+    assert pulled(another, "a") == LONG
+    store.clone("a", "clone")
+    push(store, "r", "clone")
+    manifests = [remote.manifest(remote.root(name)) for name in ("a", "clone")]
+    assert {ref.bundle for ref in manifests[0].bundles} == set(remote.bundles())
+    assert manifests[0].packs == manifests[1].packs
+
+
+@in_directory
+@pytest.mark.usefixtures("small_packs")
+@pytest.mark.parametrize("hurt", ["missing", "damaged", "short"])
+def test_a_pull_without_its_bundle_reads_the_indexes_of_the_packs(
+    store: Store,
+    add: Add,
+    remote: Remote,
+    url: str,
+    another: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    hurt: str,
+) -> None:
+    add("a", LONG)
+    push(store, "r", "a")
+    (bundle,) = bundle_files(Path(url))
+    whole = bundle.read_bytes()
+    bundle.write_bytes({"damaged": flipped(whole, 8 * len(whole) - 9)}.get(hurt, whole[:-9]))
+    if hurt == "missing":
+        bundle.unlink()
+    with asked(monkeypatch) as requests:
+        another.pull("r", "a", "a", silent, lazy=True)
+    assert set(below("packs/", requests)) == set(map(layout.pack_path, remote.packs()))
+    assert read_image(another, "a") == LONG
+
+
+def test_gc_deletes_the_bundle_of_a_deleted_image_and_keeps_those_in_use(
+    store: Store, add: Add, remote: Remote
+) -> None:
+    """The last image that shares a bundle takes it along."""
+    add("base", BASE)
+    push(store, "r", "base")
+    (shared,) = remote.bundles()
+    add("derived", DERIVED)
+    push(store, "r", "derived")
+    (own,) = remote.bundles().keys() - {shared}
+
+    def left() -> set[bytes]:
+        for _ in range(2):
+            wait_for_the_remote_s_clock()
+            collect(remote)
+        assert assert_whole(remote) == [root.name for root in remote.roots()]
+        return set(remote.bundles())
+
+    remote.delete_root("base")
+    assert left() == {shared, own}
+    push(store, "r", "base")
+    remote.delete_root("derived")
+    assert left() == {shared}
+    remote.delete_root("base")
+    assert left() == set()
+    assert remote.packs() == {}
+
+
+@in_directory
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_condemned_bundle_counts_as_absent_for_a_push(
+    store: Store, add: Add, remote: Remote, another: Store, when: str
+) -> None:
+    """What it has of packs that are not is put into a new one."""
+    add("base", BASE)
+    push(store, "r", "base")
+    (old,) = remote.bundles()
+    add("derived", DERIVED)
+    first = threading.Lock()
+
+    def condemn() -> None:
+        document = layout.encode_condemned([layout.bundle_path(old)])
+        remote.objects.create(layout.condemned_path(bytes(16)), document)
+
+    def load(frame: int) -> bytes:
+        if when == "meanwhile" and first.acquire(blocking=False):
+            condemn()
+        return stored_record(store.env, store.fetcher, frame)
+
+    if when == "before":
+        condemn()
+    pushed = push(store, "r", "derived", load=load)
+    assert pushed.new_bytes < len(DERIVED) - len(BASE) // 2
+    manifest = remote.manifest(remote.root("derived"))
+    (new,) = manifest.bundles
+    assert new.bundle != old
+    assert len(manifest.packs) == 2
+    remote.delete_root("base")
+    for _ in range(3):
+        collect(remote)
+    assert list(remote.bundles()) == [new.bundle]
+    assert pulled(another, "derived") == DERIVED
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_a_remote_of_before_there_were_bundles_is_read_added_to_and_collected(
+    store: Store, add: Add, remote: Remote, another: Store, tmp_path: Path
+) -> None:
+    add("base", BASE)
+    add("other", noise(7, 200_000))
+    push(store, "r", "base")
+    push(store, "r", "other")
+    make_old(remote)
+    old = set(remote.packs())
+    assert remote.bundles() == {}
+    assert remote.manifest(remote.root("base")).bundles == ()
+    assert pulled(another, "base") == BASE
+
+    # The push finds the old packs, and bundles their indexes with those of its own.
+    import_bytes(another, tmp_path, "derived", DERIVED)
+    assert push(another, "r", "derived").new_bytes < 60 * GRID
+    manifest = remote.manifest(remote.root("derived"))
+    (bundle,) = manifest.bundles
+    raw = remote.bundle(bundle.bundle, bundle.length)
+    bundled = {entry.pack for entry in packs.decode_bundle(raw, bundle.bundle)}
+    assert bundled == {ref.pack for ref in manifest.packs}
+    assert bundled & old
+    assert bundled - old
+
+    remote.delete_root("other")
+    for _ in range(2):
+        wait_for_the_remote_s_clock()
+        collect(remote)
+    assert list(remote.bundles()) == [bundle.bundle]
+    assert old - set(remote.packs())
+    assert assert_whole(remote) == ["base", "derived"]
+    remote.delete_root("base")
+    assert image_bytes(remote, "derived") == DERIVED
+
+
+@in_directory
+@pytest.mark.parametrize("hurt", ["missing", "damaged"])
+def test_a_push_without_a_bundle_reads_the_indexes_of_the_packs(
+    store: Store,
+    add: Add,
+    remote: Remote,
+    url: str,
+    another: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hurt: str,
+) -> None:
+    """Its look may have listed one that a gc deletes before it is read."""
+    add("base", BASE)
+    push(store, "r", "base")
+    import_bytes(another, tmp_path, "derived", DERIVED)
+    (bundle,) = bundle_files(Path(url))
+    listed = remote.bundles()
+    bundle.write_bytes(flipped(bundle.read_bytes(), 900))
+    if hurt == "missing":
+        bundle.unlink()
+        monkeypatch.setattr(Remote, "bundles", lambda _: listed)
+    assert push(another, "r", "derived").new_bytes < 60 * GRID
+    assert bundle.name not in {
+        ref.bundle.hex() for ref in remote.manifest(remote.root("derived")).bundles
+    }
+    assert image_bytes(remote, "derived") == DERIVED
+
+
+@in_directory
+def test_a_pack_of_another_length_than_its_bundle_says_is_not_relied_on(
+    store: Store, add: Add, remote: Remote, url: str, another: Store, tmp_path: Path
+) -> None:
+    add("base", BASE)
+    push(store, "r", "base")
+    import_bytes(another, tmp_path, "derived", DERIVED)
+    (pack,) = pack_files(Path(url))
+    pack.write_bytes(pack.read_bytes()[:-5000])
+    with pytest.raises(RemoteError, match="trailer"):
+        push(another, "r", "derived")
+    assert [root.name for root in remote.roots()] == ["base"]
 
 
 # --- derived data and damage ---
@@ -468,42 +775,75 @@ def cached(store: Store) -> list[Path]:
     return sorted(path for path in (store.path / "remotes").rglob("*") if path.is_file())
 
 
-def test_indexes_are_kept_and_a_damaged_or_lost_one_is_read_again(
+def names_of(files: list[Path]) -> list[str]:
+    return sorted(path.name for path in files)
+
+
+def test_bundles_are_kept_and_a_damaged_or_lost_one_is_read_again(
     store: Store, add: Add, folder: Path
 ) -> None:
     add("a", BASE)
     push(store, "r", "a")
-    (index,) = cached(store)
-    pack = (folder / layout.pack_path(bytes.fromhex(index.name))).read_bytes()
-    assert pack[-16 - index.stat().st_size : -16] == index.read_bytes()
-    kept = index.read_bytes()
+    (bundle,) = cached(store)
+    assert names_of([bundle]) == names_of(bundle_files(folder))
+    kept = bundle.read_bytes()
+    assert kept == bundle_files(folder)[0].read_bytes()
     for spoiled in (flipped(kept, 77), kept[:-5], b"", None):
         store.clone("a", "clone")
-        index.unlink() if spoiled is None else index.write_bytes(spoiled)
+        bundle.unlink() if spoiled is None else bundle.write_bytes(spoiled)
         assert push(store, "r", "clone").packs == 0
-        assert index.read_bytes() == kept
+        assert bundle.read_bytes() == kept
         found(store).delete_root("clone")
         store.remove(["clone"])
 
 
-def test_a_cached_index_spares_reading_the_pack(store: Store, add: Add, folder: Path) -> None:
+def test_indexes_of_packs_in_no_bundle_are_kept_and_a_damaged_or_lost_one_is_read_again(
+    store: Store, add: Add, folder: Path
+) -> None:
+    add("a", BASE)
+    push(store, "r", "a")
+    make_old(found(store))
+    (pack,) = pack_files(folder)
+    index = cached(store)[0].with_name(pack.name)
+    whole = pack.read_bytes()
+    kept = whole[-16 - int.from_bytes(whole[-16:-12], "little") : -16]
+    for spoiled in (None, flipped(kept, 77), kept[:-5], b""):
+        store.clone("a", "clone")
+        index.unlink(missing_ok=True) if spoiled is None else index.write_bytes(spoiled)
+        assert push(store, "r", "clone").packs == 0
+        assert index.read_bytes() == kept
+        make_old(found(store))
+        found(store).delete_root("clone")
+        store.remove(["clone"])
+
+
+def test_what_is_cached_spares_reading_bundles_and_packs(
+    store: Store, add: Add, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add("a", BASE)
     store.clone("a", "b")
     push(store, "r", "a")
-    for path in pack_files(folder):  # the length stays, so that the listing is as before
-        path.write_bytes(bytes(path.stat().st_size))
-    assert push(store, "r", "b").packs == 0
+    with asked(monkeypatch) as remote:
+        assert push(store, "r", "b").packs == 0
+    assert below("packs/", remote) == below("indexes/", remote) == []
 
 
-def test_indexes_of_packs_that_are_gone_are_forgotten(store: Store, add: Add, folder: Path) -> None:
+def test_bundles_and_indexes_that_are_gone_are_forgotten(
+    store: Store, add: Add, folder: Path
+) -> None:
     add("a", BASE)
-    push(store, "r", "a")
-    found(store).delete_root("a")
-    for path in pack_files(folder):
-        path.unlink()
     add("b", noise(8, 100_000))
+    push(store, "r", "a")
+    make_old(found(store))
+    store.clone("a", "clone")
+    push(store, "r", "clone")
+    assert names_of(cached(store)) == names_of([*bundle_files(folder), *pack_files(folder)])
+    for name in ("a", "clone"):
+        found(store).delete_root(name)
+    for path in (*bundle_files(folder), *pack_files(folder)):
+        path.unlink()
     push(store, "r", "b")
-    assert [path.name for path in cached(store)] == [path.name for path in pack_files(folder)]
+    assert names_of(cached(store)) == names_of(bundle_files(folder))
 
 
 def test_an_index_longer_than_one_request_brings_is_read_whole(
@@ -513,8 +853,7 @@ def test_an_index_longer_than_one_request_brings_is_read_whole(
     add("a", BASE)
     store.clone("a", "b")
     push(store, "r", "a")
-    for path in cached(store):
-        path.unlink()
+    make_old(found(store))
     assert push(store, "r", "b").packs == 0
 
 
@@ -524,13 +863,15 @@ def test_a_remote_s_damage_is_refused_in_one_line(store: Store, add: Add, folder
     remote = found(store)
     root = remote.root("a")
     manifest = remote.manifest(root)
+    for path in bundle_files(folder):
+        path.unlink()
     (pack,) = pack_files(folder)
     whole = pack.read_bytes()
     pack.write_bytes(flipped(whole, 8 * (len(whole) - 40)))
     with pytest.raises(RemoteError, match="digest"):
-        remote.indexes(manifest.packs)
+        remote.indexes(manifest)
     pack.write_bytes(flipped(whole, 800))
-    ((_, frame), *_) = layout.frames_of(manifest, remote.indexes(manifest.packs))
+    ((_, frame), *_) = frames_of(manifest, remote.indexes(manifest))
     codecs = Codecs()
     with pytest.raises(RemoteError):
         remote.read(

@@ -490,7 +490,8 @@ def test_check_finds_a_damaged_wish_and_repair_mends_it(rig: Rig) -> None:
     [
         ("pull", "r", "a", "--prefetch", "all"),
         ("pull", "r", "a", "--lazy", "--prefetch", "trace"),
-        ("pull", "r", "a", "--lazy", "--trace", "file"),
+        ("pull", "r", "a", "--trace", "file"),
+        ("pull", "r", "a", "--lazy", "--prefetch", "all", "--trace", "file"),
         ("prefetch", "a", "--pause", "--resume"),
         ("prefetch", "a", "--pause", "--trace", "file"),
     ],

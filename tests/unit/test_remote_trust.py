@@ -12,7 +12,7 @@ import pytest
 from dedupstore import format as fmt
 from dedupstore.errors import DedupError
 from dedupstore.frames import Codecs
-from dedupstore.remote import fetching, layout, objects
+from dedupstore.remote import fetching, layout, objects, packs
 from dedupstore.remote.configuration import add_remote
 from dedupstore.store import Store
 from tests.conftest import import_bytes, noise, opened, read_image, read_range
@@ -76,9 +76,9 @@ def test_pack_that_claims_chunks_it_has_not_is_served_to_nobody(
     forged = []
     for at, head in enumerate(heads[::2]):
         record = Codecs().encode(head.slots, noise(at, sum(slot.length for slot in head.slots)))
-        fmt.seal_frame(record, layout.FRAME_SEED)
+        fmt.seal_frame(record, packs.FRAME_SEED)
         forged.append(record)
-    pack = layout.encode_pack(forged, bytes(16))
+    pack = packs.encode_pack(forged, bytes(16))
     file = far / layout.pack_path(pack.index.pack)
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(pack.data)

@@ -1,0 +1,139 @@
+"""Pushing with a trace: what it names lies together in the remote, in its order, before the rest;
+whoever then starts from the image asks for little, without a trace of his own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dedupstore import format as fmt
+from dedupstore.check import check_store
+from dedupstore.remote.configuration import add_remote, find_remote, find_to_change
+from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote.manifests import frames_of
+from dedupstore.remote.pushing import Pushed, push_image, stored_record
+from dedupstore.store import Store
+from dedupstore.traces import Trace, make_trace
+from tests.conftest import import_bytes, noise, opened, read_image, read_range, silent
+from tests.lazy import asked, pull
+from tests.remotes import assert_whole
+
+# Some 80 frames; what is used of it is a chunk here and one there, in no order.
+IMAGE = noise(21, 20 << 20)
+NEXT = IMAGE[: 15 << 20] + noise(22, 3 << 20)
+USED = random.Random(5).sample(range(0, len(IMAGE) - 4096, 4096), 25)
+
+
+def chunk_at(store: Store, name: str, offset: int) -> tuple[bytes, int]:
+    """Digest and length of the chunk of an image that holds the byte at `offset`."""
+    manifest = store.open_manifest(name)
+    ((start, _, ref),) = manifest.runs(offset, 1)
+    frame, slot = ref >> fmt.REF_SLOT_BITS, ref & fmt.REF_SLOT_MASK
+    with store.env.read() as txn:
+        slots = fmt.decode_frame_header(txn.get(fmt.frame_key(frame), db=store.env.frames), frame)
+    while start + slots.slots[slot].length <= offset:
+        start += slots.slots[slot].length
+        slot += 1
+    store.close_manifest(manifest)
+    return slots.slots[slot].digest, slots.slots[slot].length
+
+
+def push(store: Store, remote_name: str, name: str, trace: Trace | None) -> Pushed:
+    remote, uuid = find_to_change(store.env, remote_name)
+    return push_image(
+        store.env,
+        store.leases,
+        remote,
+        IndexCache(store.path, remote, uuid),
+        name,
+        load=partial(stored_record, store.env, store.fetcher),
+        trace=trace,
+        on_progress=silent,
+        on_sent=lambda *_: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store with two versions of an image, and two remotes: `plain`, `traced`."""
+    directory = tmp_path_factory.mktemp("origin")
+    with Store.create(directory / "store") as store:
+        for name, data in (("a", IMAGE), ("b", NEXT)):
+            import_bytes(store, directory, name, data)
+        for name in ("plain", "traced"):
+            add_remote(store.env, name, [str(directory / name)])
+            push(store, name, "a", trace_of(store) if name == "traced" else None)
+        yield store
+
+
+def trace_of(store: Store) -> Trace:
+    return make_trace(bytes(32), [chunk_at(store, "a", offset) for offset in USED])
+
+
+def folder(origin: Store, name: str) -> Path:
+    return origin.path.parent / name
+
+
+def test_what_the_trace_names_comes_first_in_its_order(origin: Store) -> None:
+    trace = trace_of(origin)
+    remote, _ = find_remote(origin.env, "traced")
+    manifest = remote.manifest(remote.root("a"))
+    frames = list(frames_of(manifest, remote.indexes(manifest)))
+    digests = [slot.digest for _, frame in frames for slot in frame.header().slots]
+    assert digests[: len(trace.digests)] == list(trace.digests)
+    assert len(digests) == len(set(digests))
+    # In a pack of their own, one behind the other: who reads it in order gets nothing else.
+    (first, _), *_ = frames
+    of_first = [frame for pack, frame in frames if pack == first]
+    assert [slot.digest for frame in of_first for slot in frame.header().slots] == list(
+        trace.digests
+    )
+    assert [frame.offset for frame in of_first] == sorted(frame.offset for frame in of_first)
+    assert assert_whole(remote) == ["a"]
+
+
+@pytest.mark.parametrize(("remote", "requests"), [("plain", (12, 25)), ("traced", (1, 4))])
+def test_a_start_asks_for_little_of_an_image_that_was_laid_out_for_it(
+    origin: Store,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    remote: str,
+    requests: tuple[int, int],
+) -> None:
+    add_remote(store.env, "far", [str(folder(origin, remote))])
+    pull(store, "a")
+    with opened(store, "a") as reader, asked(monkeypatch) as found:
+        for offset in USED:
+            assert read_range(reader, offset, 4096) == IMAGE[offset : offset + 4096]
+    fewest, most = requests
+    assert fewest <= len(found.packs()) <= most
+    if remote == "traced":
+        assert found.bytes() <= 1.1 * sum(trace_of(origin).lengths)
+    assert read_image(store, "a") == IMAGE
+    store.close()
+    assert check_store(store.path).findings == ()
+
+
+def test_the_next_version_sends_only_what_is_new_and_lists_the_same_first(origin: Store) -> None:
+    trace = trace_of(origin)
+    pushed = push(origin, "traced", "b", trace)
+    assert pushed.new_bytes <= (3 << 20) + (256 << 10)
+    remote, _ = find_remote(origin.env, "traced")
+    manifest = remote.manifest(remote.root("b"))
+    frames = list(frames_of(manifest, remote.indexes(manifest)))
+    (_, first), *_ = frames
+    assert {slot.digest for slot in first.header().slots} <= set(trace.digests)
+    assert assert_whole(remote) == ["a", "b"]
+
+
+def test_a_trace_of_another_image_changes_nothing(origin: Store, tmp_path: Path) -> None:
+    add_remote(origin.env, "other", [str(tmp_path / "other")])
+    strange = make_trace(bytes(32), [(bytes([n]) * 32, 4096) for n in range(1, 9)])
+    pushed = push(origin, "other", "a", strange)
+    assert pushed.new_bytes == len(IMAGE)
+    remote, _ = find_remote(origin.env, "other")
+    assert assert_whole(remote) == ["a"]
