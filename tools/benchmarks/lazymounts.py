@@ -1,6 +1,8 @@
 """Using an image whose bytes are behind a link: ours, desync's and casync's ways, each observed.
 
-    ours     pull --lazy, and mount or an NBD server
+    ours     pull --lazy, and mount or an NBD server; for the first byte, as desync, a file in FUSE
+    ours, laid out
+             the same, of an image that was pushed with a trace of its interpreter's start
     desync   mount-index with an HTTP store and a local cache; for files a loop mount on that
     casync   mount of the index of the image's tree: it has no mounts of images without nbd
 
@@ -15,24 +17,26 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from tools.benchmarks import competitors
 from tools.benchmarks.mounted import Mounts, read_tree
-from tools.benchmarks.processes import PLUGIN, Server, nbdkit, run, serving
+from tools.benchmarks.processes import (
+    DEDUPSTORE,
+    PLUGIN,
+    Server,
+    drop_caches,
+    nbdkit,
+    run,
+    serving,
+)
 from tools.benchmarks.remotes import REMOTE, Host, Observed, Site, workplace
 
 _MOUNT_SECONDS_MAX = 30.0
 _HEAD_BYTES = 4096
-_FIRST_READ = f"""
-import sys, nbd
-handle = nbd.NBD()
-handle.connect_uri(sys.argv[1])
-handle.pread({_HEAD_BYTES}, 0)
-"""
 IMAGE = "image"
 
 
@@ -86,35 +90,45 @@ class Ours(Lazy):
     """This project."""
 
     name = "ours"
+    folder: ClassVar[str] = "ours"
 
     @classmethod
     def available(cls) -> bool:
         return True
 
     def publish(self, image: Path) -> None:
-        publisher = self.site.publisher()
-        publisher.do("import", image, IMAGE)
-        publisher.do("push", REMOTE, IMAGE)
+        self.publisher = self.site.publisher(self.folder)
+        self.publisher.do("import", image, IMAGE)
+        self.publisher.do("push", REMOTE, IMAGE, *self._layout())
+        self._digest = str(self.publisher.told("info", IMAGE)["digest"])
 
-    def python(self) -> Observed:
-        with workplace(self.work) as directory, self.site.fresh() as host:
+    def _layout(self) -> list[object]:
+        """Options of the push."""
+        return []
+
+    def python(self, *options: object) -> Observed:
+        """`options` are more of those of the pull."""
+        with workplace(self.work) as directory, self.site.fresh(self.folder) as host:
             watch = self.site.watch()
-            host.pull(IMAGE, "--lazy")
+            host.pull(IMAGE, "--lazy", *options)
             with Mounts(host.store) as mounts:
                 mounts.mount(IMAGE, directory / "point", "none")
                 start_python(directory / "point")
                 return watch.stop()
 
     def first_byte(self) -> Observed:
-        with self.site.fresh() as host:
+        with workplace(self.work) as directory, self.site.fresh(self.folder) as host:
             watch = self.site.watch()
             host.pull(IMAGE, "--lazy")
-            with served(host) as server:
-                run("/usr/bin/python3", "-c", _FIRST_READ, server.uri(IMAGE))
-                return watch.stop()
+            with served(host, f"files={directory}"):
+                file = directory / self._digest
+                wait_for(file.exists)
+                with file.open("rb", buffering=0) as opened:
+                    opened.read(_HEAD_BYTES)
+                    return watch.stop()
 
     def read_through(self) -> Observed:
-        with self.site.fresh() as host:
+        with self.site.fresh(self.folder) as host:
             watch = self.site.watch()
             host.pull(IMAGE, "--lazy")
             with served(host) as server:
@@ -122,19 +136,53 @@ class Ours(Lazy):
                 return watch.stop()
 
     def fetch(self) -> Observed:
-        with self.site.fresh() as host:
+        with self.site.fresh(self.folder) as host:
             watch = self.site.watch()
             host.pull(IMAGE)
             return watch.stop()
 
 
+class LaidOut(Ours):
+    """This project, with a push that knew what would be started."""
+
+    name = "ours, laid out"
+    folder = "laid-out"
+
+    def _layout(self) -> list[object]:
+        trace = self.work / "laid-out.trace"
+        record_python(self.publisher, trace)
+        return ["--trace", trace]
+
+
+def record_python(host: Host, trace: Path) -> int:
+    """Record the start of the interpreter of an image that a host has; the bytes of the chunks that
+    it reads."""
+    with workplace(trace.parent) as directory, Mounts(host.store) as mounts:
+        point = directory / "point"
+        mounts.mount(IMAGE, point, "none")
+        drop_caches()
+        command = [DEDUPSTORE, "--store", host.store, "trace", "record", IMAGE, trace]
+        run(*command, "--", *python_command(point), **mounts.environment)
+    return int(host.told("trace", "show", trace)["bytes"])
+
+
 @contextmanager
-def served(host: Host) -> Iterator[Server]:
+def served(host: Host, *parameters: object) -> Iterator[Server]:
     """A server of all that a host has."""
     with workplace(Path("/tmp")) as directory:  # the paths of sockets have to be short
         socket = directory / "socket"
-        with serving(socket, *nbdkit(socket, "python", PLUGIN, f"store={host.store}")) as server:
+        command = nbdkit(socket, "python", PLUGIN, f"store={host.store}", *parameters)
+        with serving(socket, *command) as server:
             yield server
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + _MOUNT_SECONDS_MAX
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.002)
 
 
 class Desync(Lazy):
@@ -260,7 +308,8 @@ class Casync(Lazy):
             yield point
 
 
-LAZY: tuple[type[Lazy], ...] = (Ours, Desync, Casync)
+THEIRS: tuple[type[Lazy], ...] = (Desync, Casync)
+"""What others have for it."""
 
 
 @contextmanager

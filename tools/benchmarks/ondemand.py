@@ -31,9 +31,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.benchmarks import deltas
-from tools.benchmarks.lazymounts import IMAGE, LAZY, Lazy, Ours, python_command, start_python
+from tools.benchmarks.lazymounts import (
+    IMAGE,
+    THEIRS,
+    LaidOut,
+    Lazy,
+    Ours,
+    record_python,
+    start_python,
+)
 from tools.benchmarks.mounted import Mounts
-from tools.benchmarks.processes import DEDUPSTORE, run
 from tools.benchmarks.remotes import RATE, RTT, Observed, Site, site, workplace
 from tools.benchmarks.report import Bench, alternate
 from tools.ondemand.link import MEGABIT
@@ -109,47 +116,36 @@ def _python_after(here: Site, work: Path, *, full: bool) -> Observed:
 
 
 def _traced(bench: Bench) -> None:
-    """With a trace of the interpreter's start, recorded once on a host that has everything."""
+    """With a trace of the interpreter's start, recorded where everything is: brought by the pull,
+    by a command of its own, or used by the push."""
     with site(bench.work, rtt=RTT, rate=RATE) as here:
-        Ours(here, bench.work).publish(bench.images[2])
+        ours, laid_out = Ours(here, bench.work), LaidOut(here, bench.work)
+        for side in (ours, laid_out):
+            side.publish(bench.images[2])
         trace = bench.work / "python.trace"
-        touched = _record(here, bench.work, trace)
+        touched = record_python(ours.publisher, trace)
         after: list[float] = []
-
-        def whole() -> float:
-            seconds, started = _python_traced(here, bench.work, trace)
-            after.append(started)
-            return seconds
-
-        def local() -> float:
-            return _python_after(here, bench.work, full=False).seconds
-
-        figures = alternate(bench.rounds, {"ours": whole, _LOCAL: local})
+        ways: dict[str, Callable[[], float]] = {
+            "pulled with it": lambda: ours.python("--trace", trace).seconds,
+            "pushed with it": lambda: laid_out.python().seconds,
+            "prefetched by it": lambda: _prefetched(here, bench.work, trace, after),
+            _LOCAL: lambda: _python_after(here, bench.work, full=False).seconds,
+        }
+        figures = alternate(bench.rounds, ways)
         targets = {_LOCAL: _LOCAL_RATIO}
-        what = "pull --lazy to running python, with a trace"
-        bench.report.compare(what, "s", figures, targets=targets, lower_is_better=True)
+        for way in ("pulled with it", "pushed with it"):
+            what = f"pull --lazy to running python, a trace: {way}"
+            mine = {"ours": figures[way], _LOCAL: figures[_LOCAL]}
+            bench.report.compare(what, "s", mine, targets=targets, lower_is_better=True)
         started = {"ours": after, _LOCAL: figures[_LOCAL]}
         what = "mount and python, after prefetch --trace"
         bench.report.compare(what, "s", started, targets=targets, lower_is_better=True)
         _amplification(bench, here, touched)
 
 
-def _record(here: Site, work: Path, trace: Path) -> int:
-    """Record the interpreter's start; returns the bytes of the chunks that it reads."""
-    with workplace(work) as directory, here.fresh() as host:
-        host.pull(IMAGE)
-        with Mounts(host.store) as mounts:
-            point = directory / "point"
-            mounts.mount(IMAGE, point, "none")
-            here.watch()  # drops caches
-            command = [DEDUPSTORE, "--store", host.store, "trace", "record", IMAGE, trace]
-            run(*command, "--", *python_command(point), **mounts.environment)
-        return int(host.told("trace", "show", trace)["bytes"])
-
-
-def _python_traced(here: Site, work: Path, trace: Path) -> tuple[float, float]:
-    """Seconds to a running interpreter with a prefetch before the mount, and those of them after
-    the prefetch."""
+def _prefetched(here: Site, work: Path, trace: Path, after: list[float]) -> float:
+    """Seconds to a running interpreter with a prefetch before the mount; `after` gets those of them
+    after the prefetch."""
     with workplace(work) as directory, here.fresh() as host:
         watch = here.watch()
         host.pull(IMAGE, "--lazy")
@@ -159,7 +155,8 @@ def _python_traced(here: Site, work: Path, trace: Path) -> tuple[float, float]:
             mounts.mount(IMAGE, directory / "point", "none")
             start_python(directory / "point")
             seconds = watch.stop().seconds
-            return seconds, seconds - prefetched
+            after.append(seconds - prefetched)
+            return seconds
 
 
 def _amplification(bench: Bench, here: Site, touched: int) -> None:
@@ -196,7 +193,7 @@ def _sustained(bench: Bench, here: Site, link: str, rate: float) -> None:
 def _side_by_side(bench: Bench, ours: Ours) -> None:
     """The same image and link, with what others have for it, in turn."""
     sides: dict[str, Lazy] = {ours.name: ours}
-    for other in LAZY[1:]:
+    for other in (LaidOut, *THEIRS):
         if other.available():
             sides[other.name] = other(ours.site, bench.work)
             sides[other.name].publish(bench.images[1])
@@ -215,11 +212,14 @@ def _side_by_side(bench: Bench, ours: Ours) -> None:
         }
         for measure, (unit, take) in _MEASURES.items():
             figures = {name: [take(one) for one in ones] for name, ones in seen.items()}
-            targets = dict.fromkeys(figures.keys() - {"ours"}, 1.0)
-            bench.report.compare(
-                f"lazy image, {what}: {measure}",
-                unit,
-                figures,
-                targets=targets,
-                lower_is_better=True,
-            )
+            for mine in (Ours.name, LaidOut.name):
+                theirs = {
+                    other.name: figures[other.name] for other in THEIRS if other.name in sides
+                }
+                bench.report.compare(
+                    f"lazy image{mine.removeprefix(Ours.name)}, {what}: {measure}",
+                    unit,
+                    {"ours": figures[mine], **theirs},
+                    targets=dict.fromkeys(theirs, 1.0),
+                    lower_is_better=True,
+                )

@@ -97,16 +97,16 @@ class Site:
         self.url = f"http://127.0.0.1:{link.port}"
         self._work = work
 
-    def publisher(self) -> Host:
-        """A host that pushes to the remote of this site, past the link."""
-        (self.root / "ours").mkdir(exist_ok=True)
-        return Host(self._work / "publisher", str(self.root / "ours"))
+    def publisher(self, folder: str = "ours") -> Host:
+        """A host that pushes to a remote of this site, past the link."""
+        (self.root / folder).mkdir(exist_ok=True)
+        return Host(self._work / f"publisher-{folder}", str(self.root / folder))
 
     @contextmanager
-    def fresh(self) -> Iterator[Host]:
+    def fresh(self, folder: str = "ours") -> Iterator[Host]:
         """A host that has nothing yet, and is thrown away afterwards."""
         with workplace(self._work) as directory:
-            yield Host(directory / "store", f"{self.url}/ours")
+            yield Host(directory / "store", f"{self.url}/{folder}")
 
     def watch(self) -> Watch:
         """Begin to observe."""
