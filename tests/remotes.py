@@ -65,7 +65,7 @@ def image_bytes(remote: Remote, name: str) -> bytes:
     manifest = remote.manifest(root)
     indexes = remote.indexes(manifest)
     frames = list(frames_of(manifest, indexes))
-    slots = [frame.header().slots for _, frame in frames]
+    slots = [frame.header.slots for _, frame in frames]
     assert image_digest(manifest, slots) == root.digest
     assert manifest.size == root.size
     codecs = Codecs()

@@ -77,7 +77,7 @@ class Contents:
     def note(self, index: PackIndex, missing: set[bytes]) -> None:
         """Take from `missing` what is in a pack."""
         for number, frame in enumerate(index.frames):
-            for slot, entry in enumerate(frame.header().slots):
+            for slot, entry in enumerate(frame.header.slots):
                 if entry.digest in missing:
                     missing.discard(entry.digest)
                     self.places[entry.digest] = ChunkPlace(index.pack, number, slot)

@@ -48,15 +48,13 @@ assert _BUNDLED.size == 40
 @dataclass(frozen=True, slots=True)
 class PackedFrame:
     """A frame in a pack: where its record is, in bytes from the pack's start, and the record's
-    beginning, header and slots, which the pack's id proves."""
+    beginning, which the pack's id proves, as bytes and as what they say: codec, raw length and
+    slots, all present."""
 
     offset: int
     length: int
     head: bytes
-
-    def header(self) -> fmt.FrameHeader:
-        """Codec, raw length and slots, all present, of this frame's record."""
-        return fmt.decode_frame_header(self.head, FRAME_SEED)
+    header: fmt.FrameHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,8 @@ def encode_pack(records: Sequence[fmt.Buffer], salt: bytes) -> NewPack:
     frames, offset = [], 0
     for record in records:
         head = bytes(record[: _head_bytes(record)])
-        frames.append(PackedFrame(offset, len(record), head))
+        header = fmt.decode_frame_header(head, FRAME_SEED)
+        frames.append(PackedFrame(offset, len(record), head, header))
         offset += len(record)
     index = _encode_index(salt, frames)
     data = b"".join((*records, index, _TRAILER.pack(len(index), PACK_VERSION, 0, PACK_MAGIC)))
@@ -138,22 +137,22 @@ def decode_index(index: fmt.Buffer, pack: bytes, pack_bytes: int) -> PackIndex:
         end = at + _head_bytes(index[at : at + _FRAME.size])
         if end > len(index):
             raise RemoteDamagedError(f"{what}: its index ends early")
-        frame = PackedFrame(offset, length, bytes(index[at:end]))
-        _check_head(frame, what)
-        frames.append(frame)
+        head = bytes(index[at:end])
+        frames.append(PackedFrame(offset, length, head, _decode_head(head, length, what)))
         at, offset = end, offset + length
     if at != len(index) or offset + len(index) + TRAILER_BYTES != pack_bytes:
         raise RemoteDamagedError(f"{what}: its index does not fit it")
     return PackIndex(pack, pack_bytes, len(index), salt, tuple(frames))
 
 
-def _check_head(frame: PackedFrame, what: str) -> None:
+def _decode_head(head: bytes, length: int, what: str) -> fmt.FrameHeader:
+    """The header of a frame whose record has `length` bytes."""
     try:
-        header = frame.header()
+        header = fmt.decode_frame_header(head, FRAME_SEED)
     except ChunkDamagedError as error:
         raise RemoteDamagedError(f"{what}: a frame's {error.reason}") from None
     present = all(slot.state == fmt.SLOT_PRESENT and slot.length for slot in header.slots)
-    payload = frame.length - header.payload_at
+    payload = length - header.payload_at
     if (
         not header.slots
         or header.codec == fmt.CODEC_DISTANT
@@ -163,6 +162,7 @@ def _check_head(frame: PackedFrame, what: str) -> None:
         or (header.codec == fmt.CODEC_RAW and payload != header.raw_bytes)
     ):
         raise RemoteDamagedError(f"{what}: a frame's header is malformed")
+    return header
 
 
 # --- bundles ---

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import lmdb
 
@@ -80,11 +81,14 @@ class Puller:
         self._require_free(name, root.digest, replace=replace)
         before = self._fetcher.counters.bytes
         with self._leased(root.digest):
-            manifest = self._known_manifest(root.digest) or self._adopt(root)
-            missing = self._missing(manifest)
+            manifest = self._known_manifest(root.digest)
+            numbered: dict[int, int] = {}
+            if manifest is None:
+                manifest, numbered = self._adopt(root)
+            missing = missing_frames(self._env, manifest, numbered)
             if not lazy and missing:
                 self._bring(missing, on_progress)
-                missing = self._missing(manifest)
+                missing = missing_frames(self._env, manifest)
             self._publish(name, root, also, replace=replace)
         fetched = self._fetcher.counters.bytes - before
         left = sum(missing.values())
@@ -136,13 +140,9 @@ class Puller:
                 return None
             return manifest if whole else None
 
-    def _missing(self, manifest: fmt.ManifestRecord) -> dict[int, int]:
-        """The frames of an image whose bytes are elsewhere, in the order in which it needs them,
-        and the bytes of their chunks."""
-        return missing_frames(self._env, manifest)
-
-    def _adopt(self, root: Root) -> fmt.ManifestRecord:
-        """Store the manifest of an image and the frames that are not known here."""
+    def _adopt(self, root: Root) -> tuple[fmt.ManifestRecord, dict[int, int]]:
+        """Store the manifest of an image and the frames that are not known here; return it, and
+        these frames' numbers and bytes."""
         remote_manifest = self._remote.manifest(root)
         indexes = self._remote.indexes(remote_manifest)
         tables = _tables(remote_manifest, indexes)
@@ -152,7 +152,7 @@ class Puller:
             manifest = adoption.run()
             txn.put(root.digest, fmt.encode_manifest(manifest, root.digest), db=self._env.manifests)
         quarantine.redirect_all(self._env)
-        return manifest
+        return manifest, adoption.numbered
 
     def _publish(self, name: str, root: Root, also: Also, *, replace: bool) -> None:
         key = catalog.encode_name(name)
@@ -169,12 +169,18 @@ class Puller:
             catalog.add_image(txn, self._env, name, image)
 
 
-def missing_frames(env: Environment, manifest: fmt.ManifestRecord) -> dict[int, int]:
+def missing_frames(
+    env: Environment, manifest: fmt.ManifestRecord, known: Mapping[int, int] = MappingProxyType({})
+) -> dict[int, int]:
     """The frames of an image whose bytes are elsewhere, in the order in which it needs them, and
-    the bytes of their chunks. Raises ChunkDamagedError."""
+    the bytes of their chunks; those in `known` have just been put there and need no look. Raises
+    ChunkDamagedError."""
     found: dict[int, int] = {}
     with env.read() as txn:
         for frame in dict.fromkeys(ref >> fmt.REF_SLOT_BITS for ref in manifest.refs if ref):
+            if frame in known:
+                found[frame] = known[frame]
+                continue
             head = read_head(txn, env, frame)
             if head is not None and fmt.is_distant(head[0]):
                 slots = fmt.decode_frame_header(head[0], frame).slots
@@ -195,7 +201,7 @@ class _Table:
 def _tables(manifest: RemoteManifest, indexes: Mapping[bytes, PackIndex]) -> list[_Table]:
     """The frames that a manifest lists. Raises RemoteDamagedError."""
     return [
-        _Table(pack, frame.offset, frame.length, frame.header().slots)
+        _Table(pack, frame.offset, frame.length, frame.header.slots)
         for pack, frame in frames_of(manifest, indexes)
     ]
 
@@ -226,6 +232,8 @@ class _Adoption:
         self._manifest = manifest
         self._tables = tables
         self._databases = env.ensure_remote(txn)
+        self.numbered: dict[int, int] = {}
+        """The new frames by number, and the bytes of their chunks."""
 
     def run(self) -> fmt.ManifestRecord:
         """Store the frames that have something new; return the manifest, not stored."""
@@ -277,6 +285,7 @@ class _Adoption:
         place = Place(self._remote, table.pack, table.offset, table.length)
         where = PlaceRecord((place,), this_hour())
         frame = writer.store_distant(slots, where)
+        self.numbered[frame] = sum(slot.length for slot in slots)
         return [ref or fmt.make_ref(frame, at) for at, ref in enumerate(found)]
 
     def _find(self, digest: bytes) -> int | None:

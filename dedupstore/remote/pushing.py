@@ -310,7 +310,7 @@ class Push:
             if first is None:
                 continue
             there = indexes[first.pack].frames[first.frame]
-            if same_chunks(there.header().slots, local.slots):
+            if same_chunks(there.header.slots, local.slots):
                 on_sent(frame, first.pack, there.offset, there.length)
 
     def nothing(self, name: str) -> Pushed:
@@ -350,5 +350,5 @@ class _Listing:
         if at is None:
             at = self.frames[key] = len(self.frames)
             self.packs.setdefault(place.pack, len(self.packs))
-            self.slots.append(self._indexes[place.pack].frames[place.frame].header().slots)
+            self.slots.append(self._indexes[place.pack].frames[place.frame].header.slots)
         return 1 + at

@@ -302,7 +302,7 @@ def open_frame(frame: PackedFrame, record: fmt.Buffer, codecs: Codecs) -> bytes:
     except ChunkDamagedError as error:
         raise RemoteDamagedError(f"a frame {error.reason}") from None
     at, view = 0, memoryview(raw)
-    for slot in frame.header().slots:
+    for slot in frame.header.slots:
         if blake3(view[at : at + slot.length]).digest() != slot.digest:
             raise RemoteDamagedError(f"chunk {slot.digest.hex()[:16]} does not have its digest")
         at += slot.length

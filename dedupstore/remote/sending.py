@@ -133,7 +133,7 @@ class Sender:
         return pack
 
     def _count(self, pack: packs.NewPack, total: int) -> packs.PackIndex:
-        headers = [frame.header() for frame in pack.index.frames]
+        headers = [frame.header for frame in pack.index.frames]
         raw_bytes = sum(header.raw_bytes for header in headers)
         self.packs += 1
         self.sent_bytes += len(pack.data)

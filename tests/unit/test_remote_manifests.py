@@ -91,7 +91,7 @@ def test_a_manifest_of_version_1_has_no_bundles() -> None:
 def test_the_frames_of_a_manifest_are_found_in_the_indexes() -> None:
     frames = list(manifests.frames_of(MANIFEST, {PACK.index.pack: PACK.index}))
     assert [frame for _, frame in frames] == [PACK.index.frames[i] for i in (1, 0, 2)]
-    slots = [frame.header().slots for _, frame in frames]
+    slots = [frame.header.slots for _, frame in frames]
     digest = fmt.ImageDigest()
     for data in (noise(3), bytes(1000), text(1), noise(2, 100), text(4, 9)):
         digest.add(len(data), blake3(data).digest() if any(data) else fmt.ZERO_DIGEST)

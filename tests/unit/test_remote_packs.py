@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from blake3 import blake3
 
+from dedupstore import format as fmt
 from dedupstore.errors import RemoteDamagedError
 from dedupstore.frames import Codecs
 from dedupstore.remote import packs
@@ -66,7 +67,8 @@ def test_any_flipped_bit_of_a_frame_or_an_index_is_noticed() -> None:
 def test_a_frame_whose_chunk_is_another_is_refused() -> None:
     lying = packed_record(noise(3))
     lying[16:48] = DIGEST
-    frame = packs.PackedFrame(0, len(lying), bytes(lying[:52]))
+    head = bytes(lying[:52])
+    frame = packs.PackedFrame(0, len(lying), head, fmt.decode_frame_header(head, 0))
     with pytest.raises(RemoteDamagedError, match="digest"):
         open_frame(frame, bytes(lying), Codecs())
 

@@ -71,7 +71,7 @@ def _index(data: bytes) -> None:
     for frame in decoded.frames:
         assert frame.offset == at
         at += frame.length
-        header = frame.header()
+        header = frame.header
         assert sum(slot.length for slot in header.slots) == header.raw_bytes
     assert at == more
 
