@@ -39,22 +39,16 @@ from dedupstore.remote.counters import FetchCounters
 from dedupstore.remote.grouping import BULK, Pace, Wanted, groups, runs
 from dedupstore.remote.keeping import Keeper
 from dedupstore.remote.remote import Remote
+from dedupstore.remote.streams import REQUEST_BYTES_MAX, Stream, Streams
 from dedupstore.remote.workers import Workers
 
-# What one request brings beyond the frame that is wanted: neighbours in the pack, up to so many
-# bytes in all. Reads in the order of the pack double it, up to the second number, or to what comes
-# in the time below as fast as the last requests were: nobody waits long for what he did not want.
-_REQUEST_BYTES_MIN = 64 << 10
-_REQUEST_BYTES_MAX = 2 << 20
+# A request brings no more than comes in this time as fast as the last ones did: nobody waits long
+# for what he did not want.
 _REQUEST_SECONDS = 0.5
-# From this window on a pack is read in order: what comes next may come before it is asked for.
-_STREAM_BYTES = 512 << 10
-# And from this one on, before the reader is through with what came.
-_GO_ON_BYTES = 1 << 20
-# How much that is not wanted may come between what is, there: a request less pays for it.
-_GAP_BYTES = 128 << 10
-# Frames that are here already and are passed over in looking for what comes next.
-_SKIPPED_FRAMES_MAX = 16
+# Frames that are looked at for what comes next, here already or not.
+_AHEAD_FRAMES_MAX = 64
+# And frames that lie in other packs, in looking for more of the same one.
+_PASSED_FRAMES_MAX = 4
 # How long a reader waits, and the fetches for readers at a time. Devices wait a little longer
 # (mounts.nbd).
 _READ_SECONDS = 25
@@ -77,19 +71,6 @@ class _Flight:
     error: DedupError | None = None
 
 
-@dataclass(slots=True)
-class _Stream:
-    """A pack that is being read: how far it has been asked for, and what one request may bring."""
-
-    end: int
-    window: int
-
-    def is_at(self, offset: int) -> bool:
-        """Whether a request that begins here belongs to this reading. Several readers at once, and
-        readahead, ask in no strict order."""
-        return self.end - 4 * self.window <= offset <= self.end + self.window
-
-
 class Fetcher:
     """Fetches frames of one store. Not to be used across a fork."""
 
@@ -104,12 +85,12 @@ class Fetcher:
         self._lock = threading.Lock()
         self._flights: dict[int, _Flight] = {}
         self._remotes: dict[int, Remote] = {}
-        self._streams: dict[bytes, _Stream] = {}  # by pack
+        self._streams = Streams()
         self._failed: dict[int, tuple[float, str]] = {}
         # Readers wait for these no longer than _READ_SECONDS; what comes later is stored all the
         # same.
         self._demands = Workers(_DEMANDS)
-        self._bytes_per_second = float(_REQUEST_BYTES_MAX)
+        self._bytes_per_second = float(REQUEST_BYTES_MAX)
 
     def close(self) -> None:
         """Store what has come. Nobody may be waiting; what is still under way is
@@ -171,13 +152,13 @@ class Fetcher:
             return
         try:
             wanted = self._wanted(frame, record)
-            window = self._window(wanted.places[0])
         except DedupError as error:
             self._abandon(frame, error)
             return
-        group = [wanted, *self._neighbours(wanted, window)]
-        if window >= _GO_ON_BYTES:
-            self._demands.run(partial(self._go_on, group[-1].frame + 1))
+        stream = self._streams.begin(wanted.places[0], self._window_max())
+        group = [wanted, *self._neighbours(wanted, stream)]
+        if stream.is_steady:
+            self._demands.run(partial(self._go_on, frame + 1, stream))
         self._bring(group)
 
     def _here(self, frame: int) -> fmt.Buffer | None:
@@ -227,37 +208,29 @@ class Fetcher:
         found = self._find_places(frame)
         if found is None or not found.places:
             return False
-        place = found.places[0]
-        stream = self._streams.get(place.pack)
-        return stream is not None and stream.window >= _STREAM_BYTES and stream.is_at(place.offset)
+        return self._streams.is_next(found.places[0])
 
-    def _window(self, place: Place) -> int:
-        """How many bytes a request that begins here may bring. Notes that it does."""
-        brought = int(self._bytes_per_second * _REQUEST_SECONDS)
-        window_max = min(max(_REQUEST_BYTES_MIN, brought), _REQUEST_BYTES_MAX)
-        with self._lock:
-            stream = self._streams.get(place.pack)
-            if stream is None or not stream.is_at(place.offset):
-                stream = self._streams[place.pack] = _Stream(place.offset, _REQUEST_BYTES_MIN)
-            elif place.offset >= stream.end:
-                stream.window = min(2 * stream.window, window_max)
-            stream.end = max(stream.end, place.offset + place.length)
-            return stream.window
+    def _window_max(self) -> int:
+        """How many bytes a request may bring at most."""
+        return min(int(self._bytes_per_second * _REQUEST_SECONDS), REQUEST_BYTES_MAX)
 
-    def _neighbours(self, first: Wanted, window: int) -> list[Wanted]:
+    def _neighbours(self, first: Wanted, stream: Stream) -> list[Wanted]:
         """The frames behind `first` in its pack that are elsewhere too and nobody is fetching, as
         far as they fit into the window; claimed, each with a flight. An image's frames are numbered
         in the order of its packs."""
         place = first.places[0]
-        end, limit = place.offset + place.length, place.offset + window
-        # Where a pack is read in order, what is here already, or of other images, may come along.
-        gap_max = _GAP_BYTES if window >= _STREAM_BYTES else 0
+        end, limit = place.offset + place.length, place.offset + stream.window
+        gap_max = stream.gap
         group: list[Wanted] = []
+        passed = 0
         for frame in count(first.frame + 1):
             found = None
             with suppress(DedupError):  # of no concern to who reads `first`
                 found = self._find_places(frame)
             here = found and next((p for p in found.places if p.pack == place.pack), None)
+            if not here and gap_max and passed < _PASSED_FRAMES_MAX:
+                passed += 1  # metadata, mostly, which lies elsewhere
+                continue
             if not here or not 0 <= here.offset - end <= gap_max:
                 break
             if here.offset + here.length > limit:
@@ -269,24 +242,27 @@ class Fetcher:
                 end = here.offset + here.length
             elif not gap_max:
                 break
-        with self._lock:
-            stream = self._streams[place.pack]
-            stream.end = max(stream.end, end)
+        self._streams.asked(stream, end)
         return group
 
-    def _go_on(self, frame: int) -> None:
-        """Fetch what comes next in a pack that is being read in order, while its reader is busy
-        with what came before: the link is then never idle."""
-        for following in range(frame, frame + _SKIPPED_FRAMES_MAX):
+    def _go_on(self, frame: int, stream: Stream) -> None:
+        """Fetch as much of what comes next, from one pack or several, as is being fetched for a
+        reader in order, who is then busy with that: the link is never idle."""
+        brought = 0
+        for following in range(frame, frame + _AHEAD_FRAMES_MAX):
+            record = self._take(following)
+            if record is None:
+                continue
             try:
-                record = self._take(following)
-                if record is not None:
-                    wanted = self._wanted(following, record)
-                    window = self._window(wanted.places[0])
-                    self._bring([wanted, *self._neighbours(wanted, window)])
-                    return
+                wanted = self._wanted(following, record)
             except DedupError as error:
                 self._abandon(following, error)
+                return
+            begun = self._streams.begin(wanted.places[0], self._window_max(), stream)
+            group = [wanted, *self._neighbours(wanted, begun)]
+            self._demands.run(partial(self._bring, group))
+            brought += sum(one.places[0].length for one in group)
+            if brought >= stream.window:
                 return
 
     def _take(self, frame: int) -> fmt.Buffer | None:

@@ -17,7 +17,7 @@ import pytest
 
 from dedupstore import format as fmt
 from dedupstore.places import Place, list_places
-from dedupstore.remote import fetching
+from dedupstore.remote.streams import GAP_BYTES
 from dedupstore.store import Store
 from tests.conftest import noise, text
 from tests.interop.corpus import Images
@@ -98,7 +98,7 @@ def assert_each_once(places: set[Place], *metrics: dict[str, int]) -> int:
     assert sum(one["dedup_remote_frames_total"] for one in metrics) == len(places)
     fetched = sum(one["dedup_remote_bytes_total"] for one in metrics)
     requests = sum(one["dedup_remote_requests_total"] for one in metrics)
-    assert 0 <= fetched - total(places) <= fetching._GAP_BYTES * requests
+    assert 0 <= fetched - total(places) <= GAP_BYTES * requests
     return fetched
 
 

@@ -83,15 +83,13 @@ def test_what_the_trace_names_comes_first_in_its_order(origin: Store) -> None:
     remote, _ = find_remote(origin.env, "traced")
     manifest = remote.manifest(remote.root("a"))
     frames = list(frames_of(manifest, remote.indexes(manifest)))
-    digests = [slot.digest for _, frame in frames for slot in frame.header().slots]
+    digests = [slot.digest for _, frame in frames for slot in frame.header.slots]
     assert digests[: len(trace.digests)] == list(trace.digests)
     assert len(digests) == len(set(digests))
     # In a pack of their own, one behind the other: who reads it in order gets nothing else.
     (first, _), *_ = frames
     of_first = [frame for pack, frame in frames if pack == first]
-    assert [slot.digest for frame in of_first for slot in frame.header().slots] == list(
-        trace.digests
-    )
+    assert [slot.digest for frame in of_first for slot in frame.header.slots] == list(trace.digests)
     assert [frame.offset for frame in of_first] == sorted(frame.offset for frame in of_first)
     assert assert_whole(remote) == ["a"]
 
@@ -126,7 +124,7 @@ def test_the_next_version_sends_only_what_is_new_and_lists_the_same_first(origin
     manifest = remote.manifest(remote.root("b"))
     frames = list(frames_of(manifest, remote.indexes(manifest)))
     (_, first), *_ = frames
-    assert {slot.digest for slot in first.header().slots} <= set(trace.digests)
+    assert {slot.digest for slot in first.header.slots} <= set(trace.digests)
     assert assert_whole(remote) == ["a", "b"]
 
 
@@ -137,3 +135,21 @@ def test_a_trace_of_another_image_changes_nothing(origin: Store, tmp_path: Path)
     assert pushed.new_bytes == len(IMAGE)
     remote, _ = find_remote(origin.env, "other")
     assert assert_whole(remote) == ["a"]
+
+
+def test_reading_in_order_goes_on_from_pack_to_pack_in_long_requests(
+    origin: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_remote(store.env, "far", [str(folder(origin, "plain"))])
+    pull(store, "a")
+    with opened(store, "a") as reader, asked(monkeypatch) as found:
+        for offset in range(0, len(IMAGE), 1 << 17):
+            assert read_range(reader, offset, 1 << 17) == IMAGE[offset : offset + (1 << 17)]
+    packs = {path: 0 for path, _, _ in found.packs()}
+    assert len(packs) >= 3
+    for path, _, _ in found.packs():
+        packs[path] += 1
+    # The first pack takes some short ones, until it is clear that it is read in order.
+    _, *others = packs.values()
+    assert max(others) <= 8
+    assert sum(length for _, _, length in found.packs()) <= 1.01 * len(IMAGE)
