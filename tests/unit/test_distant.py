@@ -438,7 +438,7 @@ def test_release_that_does_not_know_the_flag_refuses(
     lazy: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lazy.close()
-    monkeypatch.setattr(fmt, "FEATURES_INCOMPAT_KNOWN", 0)
+    monkeypatch.setattr("dedupstore.format.superblock.FEATURES_INCOMPAT_KNOWN", 0)
     with pytest.raises(StoreVersionError):
         Store(lazy.path)
 

@@ -186,7 +186,7 @@ def test_manifest_whose_runs_do_not_cover_the_image_is_refused(lengths: list[int
 
 def test_manifest_of_a_newer_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(fmt, "MANIFEST_VERSION", 2)
+        patch.setattr("dedupstore.format.manifests.MANIFEST_VERSION", 2)
         record = fmt.encode_manifest(make_manifest(), DIGEST)
     with pytest.raises(StoreVersionError):
         fmt.decode_manifest(record, DIGEST)

@@ -177,7 +177,7 @@ def test_a_record_of_a_ragged_length_is_damaged(spoil: object) -> None:
     record = fmt.RemoteRecord(7, bytes(16), ("s3://b/p",))
     whole = fmt.encode_remote(record, key)
     assert fmt.decode_remote(whole, key) == record
-    spoiled = fmt._guarded(spoil(whole[8:]), fmt.record_seed(key))  # type: ignore[operator]
+    spoiled = fmt.guarded(spoil(whole[8:]), fmt.record_seed(key))  # type: ignore[operator]
     with pytest.raises(StoreDamagedError):
         fmt.decode_remote(spoiled, key)
     with pytest.raises(StoreDamagedError, match="checksum"):
