@@ -26,7 +26,7 @@ from dedupstore.store import Store
 
 _STRETCHES_AHEAD = 16
 # A stretch ends with the run that makes it so long, or has so many runs: fewer than IOV_MAX.
-_STRETCH_BYTES = 512 << 10
+_STRETCH_BYTES = 1 << 20
 _STRETCH_RUNS = 1000
 # Image order wanders: with this much, an image is loaded 1.0 times, without any 2.4 to 2.9 times.
 _CACHE_BYTES = 128 << 20
