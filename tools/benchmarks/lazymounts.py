@@ -106,9 +106,9 @@ class Ours(Lazy):
         """Options of the push."""
         return []
 
-    def python(self, *options: object) -> Observed:
-        """`options` are more of those of the pull."""
-        with workplace(self.work) as directory, self.site.fresh(self.folder) as host:
+    def python(self, *options: object, near: bool = False) -> Observed:
+        """`options` are more of those of the pull; `near`: without the link."""
+        with workplace(self.work) as directory, self.site.fresh(self.folder, near=near) as host:
             watch = self.site.watch()
             host.pull(IMAGE, "--lazy", *options)
             with Mounts(host.store) as mounts:

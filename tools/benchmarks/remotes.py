@@ -103,10 +103,12 @@ class Site:
         return Host(self._work / f"publisher-{folder}", str(self.root / folder))
 
     @contextmanager
-    def fresh(self, folder: str = "ours") -> Iterator[Host]:
-        """A host that has nothing yet, and is thrown away afterwards."""
+    def fresh(self, folder: str = "ours", *, near: bool = False) -> Iterator[Host]:
+        """A host that has nothing yet, and is thrown away afterwards. `near`: it reads the remote
+        from this machine's disk, not over the link."""
+        url = str(self.root / folder) if near else f"{self.url}/{folder}"
         with workplace(self._work) as directory:
-            yield Host(directory / "store", f"{self.url}/{folder}")
+            yield Host(directory / "store", url)
 
     def watch(self) -> Watch:
         """Begin to observe."""
