@@ -18,8 +18,7 @@ from dedupstore.durability import sync_directory
 from dedupstore.env import DATA_FILE, LOCK_FILE, Environment
 from dedupstore.errors import StoreAccessError, StoreExistsError
 from dedupstore.frames import write_totals
-from dedupstore.leases import LOCK_FILE as LEASES_FILE
-from dedupstore.leases import create_lock_file
+from dedupstore.leases import LOCK_FILE as LEASES_FILE, create_lock_file
 
 TEMPORARY_DIRECTORY = "tmp"
 _OURS = {TEMPORARY_DIRECTORY, LEASES_FILE, LOCK_FILE}

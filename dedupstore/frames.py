@@ -15,8 +15,7 @@ from typing import Protocol
 import lmdb
 import zstandard
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.constants import COMPRESSION_GAIN_MIN, FRAME_BYTES_MAX, FRAME_SLOTS_MAX, ZSTD_LEVEL
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError, DedupError, StoreDamagedError

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins, quarantine, wishes
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, origins, quarantine, wishes
 from dedupstore.constants import FRAME_BYTES_MAX, GC_DELETE_FRAMES, GC_REWRITE_BYTES
 from dedupstore.env import Environment
 from dedupstore.errors import StoreAccessError

@@ -17,8 +17,7 @@ from typing import BinaryIO
 
 import lmdb
 
-from dedupstore import archives, catalog, origins, quarantine, trees
-from dedupstore import format as fmt
+from dedupstore import archives, catalog, format as fmt, origins, quarantine, trees
 from dedupstore.building import BuiltSource
 from dedupstore.chunker import Segment
 from dedupstore.env import Environment

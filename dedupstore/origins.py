@@ -16,8 +16,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.env import Environment
 from dedupstore.imported import Imported
 

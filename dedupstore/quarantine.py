@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.env import Environment
 from dedupstore.errors import StoreDamagedError
 from dedupstore.frames import find_chunk, read_head

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from weakref import WeakValueDictionary
 
 import lmdb
 
-from dedupstore import catalog, origins, wishes
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, origins, wishes
 from dedupstore.creation import TEMPORARY_DIRECTORY, create_store
 from dedupstore.env import Environment
 from dedupstore.errors import (
@@ -445,6 +443,7 @@ class Store:
         """Fetch what is elsewhere of an image: all of it, or what a trace has, in its order. What
         came by then stays when this is interrupted. Raises ImageNotFoundError, RemoteError."""
         from dedupstore.remote.grouping import BULK, REPLAY  # noqa: PLC0415 - as above
+        from dedupstore.remote.pulling import distant_bytes  # noqa: PLC0415
 
         manifest = self.open_manifest(name)  # leased meanwhile
         fetched = 0
@@ -454,7 +453,7 @@ class Store:
                 counters = self.fetcher().counters
                 before = counters.bytes
                 pace = BULK if trace is None else REPLAY
-                total = sum(map(self._missing_frames(name).get, wanted.missing_frames, repeat(0)))
+                total = sum(distant_bytes(self.env, wanted.missing_frames).values())
                 self.fetcher().fetch_all(
                     wanted.missing_frames, lambda done: on_progress(done, total), pace
                 )
@@ -514,15 +513,14 @@ class Store:
 
     def missing_bytes(self, name: str) -> int:
         """Bytes of an image's chunks that are elsewhere. Raises ImageNotFoundError."""
-        return 0 if self.env.remote is None else sum(self._missing_frames(name).values())
-
-    def _missing_frames(self, name: str) -> dict[int, int]:
+        if self.env.remote is None:
+            return 0
         from dedupstore.remote.pulling import missing_frames  # noqa: PLC0415 - for remotes only
 
         with self.env.read() as txn:
             image = catalog.find_image(txn, self.env, name)
             manifest = catalog.read_manifest(txn, self.env, image.digest)
-        return missing_frames(self.env, manifest)
+        return sum(missing_frames(self.env, manifest).values())
 
     def stats(self) -> StoreStats:
         """Sums over the store."""

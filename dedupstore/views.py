@@ -27,8 +27,7 @@ from dataclasses import dataclass
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.building import BuiltSource
 from dedupstore.cache import FrameCache
 from dedupstore.erofs import read_tree

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.env import Environment
 from dedupstore.errors import DedupError, StoreAccessError
 from dedupstore.traces import Trace, read_trace, write_trace

@@ -7,21 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dedupstore import format as fmt
 from dedupstore.places import Place, add_places
-from dedupstore.remote.configuration import add_remote, find_to_change
+from dedupstore.remote.configuration import add_remote, find_remote
 from dedupstore.remote.directory import Directory
-from dedupstore.remote.indexcache import IndexCache
 from dedupstore.remote.pulling import Pulled
-from dedupstore.remote.pushing import push_image, stored_record
 from dedupstore.store import Store
-from tests.conftest import import_bytes, noise, silent
-from tests.conftest import text as words
+from tests import remotes
+from tests.conftest import import_bytes, noise, silent, text as words
 
 # Several frames of each kind; the second image has most of the first.
 BASE = noise(11, 1_500_000 // 4096 * 4096) + bytes(8192) + words(12, 900_000)
@@ -30,17 +27,13 @@ IMAGES = {"base": BASE, "derived": BASE + noise(13, 300_000)}
 
 def push(store: Store, name: str, remote_name: str = "far", *, replace: bool = False) -> None:
     """Push an image as the command does."""
-    remote, uuid = find_to_change(store.env, remote_name)
+    remote, _ = find_remote(store.env, remote_name)
     sent: dict[int, Place] = {}
-    push_image(
-        store.env,
-        store.leases,
-        remote,
-        IndexCache(store.path, remote, uuid),
+    remotes.push(
+        store,
+        remote_name,
         name,
-        load=partial(stored_record, store.env, store.fetcher),
         replace=replace,
-        on_progress=silent,
         on_sent=lambda frame, *place: sent.update({frame: Place(remote.number, *place)}),
     )
     add_places(store.env, sent, int(time.time()) // 3600)

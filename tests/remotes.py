@@ -24,6 +24,7 @@ from dedupstore.remote.packs import FRAME_SEED
 from dedupstore.remote.pushing import Pushed, push_image, stored_record
 from dedupstore.remote.remote import Remote, open_frame
 from dedupstore.store import Store
+from dedupstore.traces import Trace
 from tests.conftest import silent
 
 
@@ -41,6 +42,7 @@ def push(
     name: str,
     *,
     replace: bool = False,
+    trace: Trace | None = None,
     load: Callable[[int], bytes] | None = None,
     on_sent: Callable[[int, bytes, int, int], None] = lambda *_: None,
 ) -> Pushed:
@@ -54,6 +56,7 @@ def push(
         name,
         load=load or partial(stored_record, store.env, store.fetcher),
         replace=replace,
+        trace=trace,
         on_progress=silent,
         on_sent=on_sent,
     )

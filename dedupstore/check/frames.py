@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import lmdb
 from blake3 import blake3
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.check.findings import Progress
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError, StoreDamagedError

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.check.findings import Finding
 from dedupstore.check.records import FRAME_NUMBERS_SKIPPED, rebuild_index
 from dedupstore.check.salvage import salvage

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import lmdb
 
-from dedupstore import catalog, origins, places, quarantine
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, origins, places, quarantine
 from dedupstore.check.frames import judge
 from dedupstore.check.records import mend_records
 from dedupstore.check.remotes import RemoteFrames

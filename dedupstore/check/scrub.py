@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import lmdb
 
-from dedupstore import catalog, places
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, places
 from dedupstore.check.findings import Finding, Progress
 from dedupstore.check.frames import FrameScrub
 from dedupstore.env import Environment, RemoteDatabases

@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dedupstore import catalog, wishes
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, wishes
 from dedupstore.env import Environment
 from dedupstore.errors import DedupError, StoreFullError
 from dedupstore.remote.fetching import Fetcher

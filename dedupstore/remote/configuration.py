@@ -13,8 +13,7 @@ from uuid import UUID
 
 import lmdb
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.env import Environment
 from dedupstore.errors import RemoteError, RemoteNotFoundError, StoreDamagedError, UsageError, shown
 from dedupstore.remote.objects import check_url

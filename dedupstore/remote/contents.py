@@ -106,8 +106,7 @@ class Contents:
             if self._packs.get(entry.pack) != entry.pack_bytes:
                 continue
             with suppress(RemoteDamagedError):
-                index = raw[entry.offset : entry.offset + entry.index_bytes]
-                decoded = packs.decode_index(index, entry.pack, entry.pack_bytes)
+                decoded = packs.decode_bundled(raw, entry)
                 self._bundled[entry.pack] = bundle, entry.offset
                 yield decoded
 

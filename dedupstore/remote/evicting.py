@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.compaction import compact
 from dedupstore.env import Environment
 from dedupstore.errors import DedupError, StoreDamagedError

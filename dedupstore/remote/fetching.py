@@ -21,8 +21,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.env import Environment
 from dedupstore.errors import (
     ChunkDamagedError,
@@ -155,8 +154,7 @@ class Fetcher:
         except DedupError as error:
             self._abandon(frame, error)
             return
-        stream = self._streams.begin(wanted.places[0], self._window_max())
-        group = [wanted, *self._neighbours(wanted, stream)]
+        stream, group = self._gather(wanted)
         if stream.is_steady:
             self._demands.run(partial(self._go_on, frame + 1, stream))
         self._bring(group)
@@ -214,14 +212,16 @@ class Fetcher:
         """How many bytes a request may bring at most."""
         return min(int(self._bytes_per_second * _REQUEST_SECONDS), REQUEST_BYTES_MAX)
 
-    def _neighbours(self, first: Wanted, stream: Stream) -> list[Wanted]:
-        """The frames behind `first` in its pack that are elsewhere too and nobody is fetching, as
-        far as they fit into the window; claimed, each with a flight. An image's frames are numbered
-        in the order of its packs."""
+    def _gather(self, first: Wanted, follows: Stream | None = None) -> tuple[Stream, list[Wanted]]:
+        """What one request brings that begins with a frame: that, and those behind it in its pack
+        that are elsewhere too and nobody is fetching, as far as they fit into the window; claimed,
+        each with a flight. They are looked for by number, which goes as the image needs them.
+        `follows`: see Streams.begin."""
         place = first.places[0]
+        stream = self._streams.begin(place, self._window_max(), follows)
         end, limit = place.offset + place.length, place.offset + stream.window
         gap_max = stream.gap
-        group: list[Wanted] = []
+        group = [first]
         passed = 0
         for frame in count(first.frame + 1):
             found = None
@@ -243,7 +243,7 @@ class Fetcher:
             elif not gap_max:
                 break
         self._streams.asked(stream, end)
-        return group
+        return stream, group
 
     def _go_on(self, frame: int, stream: Stream) -> None:
         """Fetch as much of what comes next, from one pack or several, as is being fetched for a
@@ -258,8 +258,7 @@ class Fetcher:
             except DedupError as error:
                 self._abandon(following, error)
                 return
-            begun = self._streams.begin(wanted.places[0], self._window_max(), stream)
-            group = [wanted, *self._neighbours(wanted, begun)]
+            _, group = self._gather(wanted, stream)
             self._demands.run(partial(self._bring, group))
             brought += sum(one.places[0].length for one in group)
             if brought >= stream.window:

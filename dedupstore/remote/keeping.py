@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.env import Environment
 from dedupstore.errors import DedupError
 from dedupstore.frames import FrameWriter

@@ -39,7 +39,7 @@ SALT_BYTES = 16
 DOCUMENT_BYTES_MAX = 64 << 10
 CONDEMNED_BYTES_MAX = 16 << 20
 MANIFEST_BYTES_MAX = 512 << 20
-_IMAGE_BYTES_MAX = 1 << 63
+IMAGE_BYTES_MAX = 1 << 63
 
 # Names of objects beyond this many characters are replaced by a digest.
 _NAME_CHARACTERS_MAX = 200
@@ -178,7 +178,7 @@ def decode_root(data: bytes, path: str) -> Root | None:
     return Root(
         name,
         fields.digest("digest"),
-        fields.integer("size", _IMAGE_BYTES_MAX),
+        fields.integer("size", IMAGE_BYTES_MAX),
         kind,
         fields.number("created"),
         fields.digest("manifest"),

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from dedupstore import format as fmt
 from dedupstore.errors import RemoteDamagedError
+from dedupstore.remote.layout import IMAGE_BYTES_MAX
 from dedupstore.remote.packs import (
     BUNDLE_BYTES_MAX,
     PackedFrame,
@@ -31,7 +32,6 @@ MANIFEST_MAGIC = b"dedupMAN"
 _MANIFEST = struct.Struct("<8sHH16sIIIQQQQ")
 _BUNDLES = struct.Struct("<I")
 _COLUMNS_BYTES_MAX = 1 << 30
-_IMAGE_BYTES_MAX = 1 << 63
 
 assert _MANIFEST.size == 72
 
@@ -189,7 +189,7 @@ class _Columns:
 
 
 def _check_manifest(manifest: RemoteManifest, what: str) -> None:
-    if manifest.size >= _IMAGE_BYTES_MAX:
+    if manifest.size >= IMAGE_BYTES_MAX:
         raise RemoteDamagedError(f"{what}: claims {manifest.size} bytes")
     if any(ref.length > BUNDLE_BYTES_MAX for ref in manifest.bundles):
         raise RemoteDamagedError(f"{what}: has a bundle of impossible length")

@@ -222,6 +222,12 @@ def decode_bundle(data: fmt.Buffer, bundle: bytes) -> tuple[Bundled, ...]:
     return tuple(entries)
 
 
+def decode_bundled(data: fmt.Buffer, entry: Bundled) -> PackIndex:
+    """One of the indexes in a bundle, `data` being the bundle's bytes."""
+    index = data[entry.offset : entry.offset + entry.index_bytes]
+    return decode_index(index, entry.pack, entry.pack_bytes)
+
+
 def check_lengths(pack_bytes: int, index_bytes: int, what: str) -> None:
     """Raise RemoteDamagedError unless a pack may have these lengths."""
     most = min(pack_bytes - TRAILER_BYTES, INDEX_BYTES_MAX)

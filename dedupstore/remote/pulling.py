@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import lmdb
 
-from dedupstore import catalog, quarantine
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, quarantine
 from dedupstore.env import Environment
 from dedupstore.errors import ImageExistsError, RemoteDamagedError, StoreDamagedError
 from dedupstore.frames import FrameWriter, find_chunk, read_head
@@ -175,12 +174,17 @@ def missing_frames(
     """The frames of an image whose bytes are elsewhere, in the order in which it needs them, and
     the bytes of their chunks; those in `known` have just been put there and need no look. Raises
     ChunkDamagedError."""
+    frames = dict.fromkeys(ref >> fmt.REF_SLOT_BITS for ref in manifest.refs if ref)
+    found = {**known, **distant_bytes(env, (frame for frame in frames if frame not in known))}
+    return {frame: found[frame] for frame in frames if frame in found}
+
+
+def distant_bytes(env: Environment, frames: Iterable[int]) -> dict[int, int]:
+    """Those of the frames whose bytes are elsewhere, in their order, and the bytes of their chunks.
+    Raises ChunkDamagedError."""
     found: dict[int, int] = {}
     with env.read() as txn:
-        for frame in dict.fromkeys(ref >> fmt.REF_SLOT_BITS for ref in manifest.refs if ref):
-            if frame in known:
-                found[frame] = known[frame]
-                continue
+        for frame in frames:
             head = read_head(txn, env, frame)
             if head is not None and fmt.is_distant(head[0]):
                 slots = fmt.decode_frame_header(head[0], frame).slots

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from dedupstore import catalog, places
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, places
 from dedupstore.env import Environment
 from dedupstore.errors import (
     ChunkDamagedError,

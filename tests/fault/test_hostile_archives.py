@@ -17,8 +17,13 @@ import zstandard
 from dedupstore import archives
 from dedupstore.erofs import read_tree
 from dedupstore.erofs.tree import Directory
-from dedupstore.erofs.writer import archives as members
-from dedupstore.erofs.writer import fingerprints, placement, plan_image, scan_tar
+from dedupstore.erofs.writer import (
+    archives as members,
+    fingerprints,
+    placement,
+    plan_image,
+    scan_tar,
+)
 from dedupstore.errors import SourceError
 from dedupstore.store import Store
 from tests.conftest import read_image, silent

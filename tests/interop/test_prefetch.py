@@ -9,7 +9,7 @@ import pytest
 
 from dedupstore.traces import read_trace
 from tests.interop.corpus import Images
-from tests.interop.rig import Servers, StoreDirectory, client_command, wait_until
+from tests.interop.rig import Server, Servers, StoreDirectory, client_command, wait_until
 
 READ = "h = connect(); [h.pread(4096, int(at)) for at in arguments]"
 PLACES = ("3000000", "0", "1500000")
@@ -31,14 +31,19 @@ def missing(store: StoreDirectory, name: str) -> int:
     return int(json.loads(store.do("info", name, "--json"))["missing_bytes"])
 
 
+def record(store: StoreDirectory, server: Server, name: str, file: Path) -> None:
+    """Record a trace of reading PLACES of an image."""
+    command = client_command(server.uri(name), READ, *PLACES)
+    metrics = server.directory / "metrics"
+    store.do("trace", "record", name, file, "--metrics", metrics, "--", *command)
+
+
 def test_after_a_prefetch_by_its_trace_a_run_asks_the_remote_for_nothing(
     server: Servers, store_dir: StoreDirectory, elsewhere: StoreDirectory, tmp_path: Path
 ) -> None:
     here = server(metrics=True)
     trace = tmp_path / "trace"
-    command = client_command(here.uri("base"), READ, *PLACES)
-    metrics = here.directory / "metrics"
-    store_dir.do("trace", "record", "base", trace, "--metrics", metrics, "--", *command)
+    record(store_dir, here, "base", trace)
     elsewhere.do("pull", "r", "base", "--lazy")
     done = json.loads(elsewhere.do("prefetch", "base", "--trace", trace, "--json"))
     assert done["wanted_bytes"] == read_trace(trace).bytes
@@ -54,9 +59,7 @@ def trace(server: Servers, store_dir: StoreDirectory, tmp_path: Path) -> Path:
     """A trace of reading PLACES of `base`."""
     here = server(metrics=True)
     file = tmp_path / "base.trace"
-    command = client_command(here.uri("base"), READ, *PLACES)
-    metrics = here.directory / "metrics"
-    store_dir.do("trace", "record", "base", file, "--metrics", metrics, "--", *command)
+    record(store_dir, here, "base", file)
     return file
 
 
@@ -115,9 +118,7 @@ def test_a_trace_goes_with_the_image_and_is_replayed_by_the_server(
 ) -> None:
     here = server(metrics=True)
     trace = tmp_path / "trace"
-    command = client_command(here.uri("derived"), READ, *PLACES)
-    metrics = here.directory / "metrics"
-    store_dir.do("trace", "record", "derived", trace, "--metrics", metrics, "--", *command)
+    record(store_dir, here, "derived", trace)
     elsewhere.do("pull", "r", "derived", "--lazy", "--prefetch", "trace", "--trace", trace)
     trace.unlink()
     there = server(store=elsewhere.path, metrics=True)

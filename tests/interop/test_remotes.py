@@ -262,6 +262,18 @@ def test_another_image_of_that_name_is_only_replaced_on_request(
     assert image_bytes(remote, "a") == DERIVED
 
 
+def loading(store: Store, first: Callable[[], object]) -> Callable[[int], bytes]:
+    """Loads frames for a push, in the middle of which, once, something else is done."""
+    lock = threading.Lock()
+
+    def load(frame: int) -> bytes:
+        if lock.acquire(blocking=False):
+            first()
+        return stored_record(store.env, store.fetcher, frame)
+
+    return load
+
+
 def test_a_name_that_another_took_meanwhile_is_not_overwritten(
     store: Store, add: Add, remote: Remote, url: str, tmp_path: Path
 ) -> None:
@@ -269,14 +281,7 @@ def test_a_name_that_another_took_meanwhile_is_not_overwritten(
     with Store.create(tmp_path / "other") as other:
         add_remote(other.env, "r", [url])
         import_bytes(other, tmp_path, "a", noise(9, 50_000))
-
-        first = threading.Lock()
-
-        def load(frame: int) -> bytes:
-            if first.acquire(blocking=False):
-                push(other, "r", "a")
-            return stored_record(store.env, store.fetcher, frame)
-
+        load = loading(store, lambda: push(other, "r", "a"))
         with pytest.raises(RemoteConflictError, match="somebody else"):
             push(store, "r", "a", load=load)
     assert image_bytes(remote, "a") == noise(9, 50_000)
@@ -292,13 +297,7 @@ def test_a_name_that_changed_since_it_was_looked_at_is_not_replaced(
     with Store.create(tmp_path / "other") as other:
         add_remote(other.env, "r", [url])
         import_bytes(other, tmp_path, "a", noise(9, 50_000))
-        first = threading.Lock()
-
-        def load(frame: int) -> bytes:
-            if first.acquire(blocking=False):
-                push(other, "r", "a", replace=True)
-            return stored_record(store.env, store.fetcher, frame)
-
+        load = loading(store, lambda: push(other, "r", "a", replace=True))
         with pytest.raises(RemoteConflictError, match="somebody else"):
             push(store, "r", "a", load=load, replace=True)
     assert image_bytes(remote, "a") == noise(9, 50_000)

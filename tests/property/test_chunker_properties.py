@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from itertools import accumulate, pairwise
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dedupstore.chunker import cut_by_content, is_zero, segments_of_data, segments_of_extents
 from dedupstore.constants import CDC_BYTES_MIN, CHUNK_BYTES_MAX, GRID_BYTES, SEGMENT_BYTES

@@ -13,8 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from dedupstore.erofs import file_extents, is_erofs, walk
 from dedupstore.erofs.inodes import INODE_SLOT_BYTES, WINDOW_GAP_BYTES

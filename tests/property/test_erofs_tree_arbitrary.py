@@ -13,8 +13,7 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from dedupstore.erofs import read_tree
 from dedupstore.erofs.contents import CONTENTS_BYTES_MIN, CONTENTS_PER_IMAGE_BYTE, ImageContent

@@ -8,12 +8,10 @@ from collections.abc import Callable
 import pytest
 import zstandard
 from blake3 import blake3
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from xxhash import xxh3_64_intdigest
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.errors import DedupError
 
 KEY = blake3(b"key").digest()

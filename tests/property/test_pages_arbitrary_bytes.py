@@ -13,8 +13,7 @@ from typing import Final
 
 import lmdb
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from dedupstore.errors import StoreDamagedError
 from dedupstore.pages import datafile, verify_header, verify_pages

@@ -10,8 +10,7 @@ from uuid import UUID
 
 import pytest
 from blake3 import blake3
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dedupstore.errors import RemoteDamagedError
 from dedupstore.frames import Codecs
@@ -54,14 +53,7 @@ def test_bundles_keep_every_index(several: list[list[list[bytes]]], salt: bytes)
     bundle = packs.encode_bundle(indexes, salt)
     entries = packs.decode_bundle(bundle.data, bundle.bundle)
     assert entries == bundle.entries
-    assert [
-        packs.decode_index(
-            bundle.data[entry.offset : entry.offset + entry.index_bytes],
-            entry.pack,
-            entry.pack_bytes,
-        )
-        for entry in entries
-    ] == indexes
+    assert [packs.decode_bundled(bundle.data, entry) for entry in entries] == indexes
 
 
 IDS = st.binary(min_size=32, max_size=32)

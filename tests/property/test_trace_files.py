@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dedupstore.constants import CHUNK_BYTES_MAX
 from dedupstore.errors import TraceError

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import format as fmt
-from dedupstore import staging
+from dedupstore import format as fmt, staging
 from dedupstore.check import Checked, Finding, check_store
 from dedupstore.constants import SEGMENT_BYTES
 from dedupstore.env import DATA_FILE

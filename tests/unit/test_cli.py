@@ -17,8 +17,7 @@ import click
 import pytest
 from blake3 import blake3
 
-from dedupstore import __version__
-from dedupstore import format as fmt
+from dedupstore import __version__, format as fmt
 from dedupstore.check import check_store
 from dedupstore.cli.main import _run, cli
 from dedupstore.constants import CDC_BYTES_MIN

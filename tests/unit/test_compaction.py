@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import compaction, holes
-from dedupstore import format as fmt
+from dedupstore import compaction, format as fmt, holes
 from dedupstore.check import check_store
 from dedupstore.env import DATA_FILE
 from dedupstore.errors import StoreAccessError

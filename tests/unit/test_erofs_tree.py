@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dedupstore.erofs import contents, inventory, metadata, read_tree
-from dedupstore.erofs import xattrs as xattrs_module
+from dedupstore.erofs import contents, inventory, metadata, read_tree, xattrs as xattrs_module
 from dedupstore.erofs.contents import ImageContent, Piece
 from dedupstore.erofs.tree import Attributes, Directory, Node, RegularFile, Special, Symlink
 from dedupstore.errors import ErofsError, SourceError

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import format as fmt
-from dedupstore import places
+from dedupstore import format as fmt, places
 from dedupstore.errors import RemoteError
 from dedupstore.places import find_places, list_places, put_places
 from dedupstore.remote.collecting import collect_remote

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from dedupstore import format as fmt
-from dedupstore import gc as gc_module
-from dedupstore import staging
+from dedupstore import format as fmt, gc as gc_module, staging
 from dedupstore.check import check_store
 from dedupstore.constants import CDC_BYTES_MIN, SEGMENT_BYTES
 from dedupstore.env import DATABASES

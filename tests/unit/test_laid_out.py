@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dedupstore import format as fmt
 from dedupstore.check import check_store
-from dedupstore.remote.configuration import add_remote, find_remote, find_to_change
-from dedupstore.remote.indexcache import IndexCache
+from dedupstore.remote.configuration import add_remote, find_remote
 from dedupstore.remote.manifests import frames_of
-from dedupstore.remote.pushing import Pushed, push_image, stored_record
 from dedupstore.store import Store
 from dedupstore.traces import Trace, make_trace
-from tests.conftest import import_bytes, noise, opened, read_image, read_range, silent
+from tests.conftest import import_bytes, noise, opened, read_image, read_range
 from tests.lazy import asked, pull
-from tests.remotes import assert_whole
+from tests.remotes import assert_whole, push
 
 # Some 80 frames; what is used of it is a chunk here and one there, in no order.
 IMAGE = noise(21, 20 << 20)
@@ -42,21 +39,6 @@ def chunk_at(store: Store, name: str, offset: int) -> tuple[bytes, int]:
     return slots.slots[slot].digest, slots.slots[slot].length
 
 
-def push(store: Store, remote_name: str, name: str, trace: Trace | None) -> Pushed:
-    remote, uuid = find_to_change(store.env, remote_name)
-    return push_image(
-        store.env,
-        store.leases,
-        remote,
-        IndexCache(store.path, remote, uuid),
-        name,
-        load=partial(stored_record, store.env, store.fetcher),
-        trace=trace,
-        on_progress=silent,
-        on_sent=lambda *_: None,
-    )
-
-
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with two versions of an image, and two remotes: `plain`, `traced`."""
@@ -66,7 +48,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             import_bytes(store, directory, name, data)
         for name in ("plain", "traced"):
             add_remote(store.env, name, [str(directory / name)])
-            push(store, name, "a", trace_of(store) if name == "traced" else None)
+            push(store, name, "a", trace=trace_of(store) if name == "traced" else None)
         yield store
 
 
@@ -118,7 +100,7 @@ def test_a_start_asks_for_little_of_an_image_that_was_laid_out_for_it(
 
 def test_the_next_version_sends_only_what_is_new_and_lists_the_same_first(origin: Store) -> None:
     trace = trace_of(origin)
-    pushed = push(origin, "traced", "b", trace)
+    pushed = push(origin, "traced", "b", trace=trace)
     assert pushed.new_bytes <= (3 << 20) + (256 << 10)
     remote, _ = find_remote(origin.env, "traced")
     manifest = remote.manifest(remote.root("b"))
@@ -131,7 +113,7 @@ def test_the_next_version_sends_only_what_is_new_and_lists_the_same_first(origin
 def test_a_trace_of_another_image_changes_nothing(origin: Store, tmp_path: Path) -> None:
     add_remote(origin.env, "other", [str(tmp_path / "other")])
     strange = make_trace(bytes(32), [(bytes([n]) * 32, 4096) for n in range(1, 9)])
-    pushed = push(origin, "other", "a", strange)
+    pushed = push(origin, "other", "a", trace=strange)
     assert pushed.new_bytes == len(IMAGE)
     remote, _ = find_remote(origin.env, "other")
     assert assert_whole(remote) == ["a"]

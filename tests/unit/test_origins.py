@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from dedupstore import format as fmt
-from dedupstore import origins
+from dedupstore import format as fmt, origins
 from dedupstore.check import check_store
 from dedupstore.cli.main import _run
 from dedupstore.errors import ImageExistsError

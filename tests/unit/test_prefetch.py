@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from dedupstore import format as fmt
-from dedupstore import wishes
+from dedupstore import format as fmt, wishes
 from dedupstore.check import check_store
 from dedupstore.cli.main import _run
 from dedupstore.erofs import read_tree

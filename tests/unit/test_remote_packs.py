@@ -160,14 +160,10 @@ def test_a_bundle_is_a_table_and_the_indexes_as_they_are_in_their_packs() -> Non
 def test_a_decoded_bundle_leads_to_the_indexes() -> None:
     entries = packs.decode_bundle(BUNDLE.data, BUNDLE.bundle)
     assert entries == BUNDLE.entries
-    assert [
-        packs.decode_index(
-            BUNDLE.data[entry.offset : entry.offset + entry.index_bytes],
-            entry.pack,
-            entry.pack_bytes,
-        )
-        for entry in entries
-    ] == [PACK.index, OTHER.index]
+    assert [packs.decode_bundled(BUNDLE.data, entry) for entry in entries] == [
+        PACK.index,
+        OTHER.index,
+    ]
     nothing = packs.encode_bundle([], SALT)
     assert packs.decode_bundle(nothing.data, nothing.bundle) == ()
 

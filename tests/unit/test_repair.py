@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import catalog, gc, origins, quarantine, wishes
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, gc, origins, quarantine, wishes
 from dedupstore.check import Checked, check_store
 from dedupstore.constants import SEGMENT_BYTES
 from dedupstore.env import DATA_FILE
@@ -35,8 +34,8 @@ from tests.conftest import (
     read_image,
     read_range,
     silent,
+    text as words,
 )
-from tests.conftest import text as words
 
 pytestmark = pytest.mark.damaged
 

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import catalog
-from dedupstore import format as fmt
-from dedupstore import gc as gc_module
+from dedupstore import catalog, format as fmt, gc as gc_module
 from dedupstore.check import check_store
 from dedupstore.errors import ImageNotFoundError
 from dedupstore.imported import Imported

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dedupstore import catalog, views
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt, views
 from dedupstore.check import check_store
 from dedupstore.erofs import read_tree
 from dedupstore.erofs.tree import Directory, RegularFile, Special

@@ -17,8 +17,7 @@ from pathlib import Path
 import lmdb
 from blake3 import blake3
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.constants import FRAME_BYTES_MAX
 from dedupstore.env import Environment
 from dedupstore.frames import Codecs, FrameWriter, encode_new

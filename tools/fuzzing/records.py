@@ -15,8 +15,7 @@ import zstandard
 from blake3 import blake3
 from xxhash import xxh3_64_intdigest
 
-from dedupstore import catalog
-from dedupstore import format as fmt
+from dedupstore import catalog, format as fmt
 from dedupstore.errors import DedupError
 from tools.fuzzing.messages import check_message
 
