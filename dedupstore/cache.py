@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-from dedupstore.errors import ChunkDamagedError
+from dedupstore.errors import ChunkDamagedError, RemoteError
 from dedupstore.slabs import Slab, Slabs
 
 # Shares of the budget: for entries seen once, and of what is remembered of those dropped. The paper
@@ -238,4 +238,6 @@ def _copy(error: Exception | None) -> Exception:
     """An exception of one's own for each waiter: its reader adds image and offset to it."""
     if isinstance(error, ChunkDamagedError):
         return ChunkDamagedError(error.frame, error.reason, error.slot)
+    if isinstance(error, RemoteError):
+        return type(error)(*error.args)
     return error if error is not None else RuntimeError("load ended without a result")

@@ -187,7 +187,17 @@ class MountError(DedupError):
 
 
 class RemoteError(DedupError):
-    """A remote cannot be reached, or refuses. Says which URL, the cause and what to do."""
+    """A remote cannot be reached, or refuses. Says which URL, the cause and what to do; `image` and
+    `offset` (bytes from the image's start) are filled in by the reader that met it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.image: str | None = None
+        self.offset: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.image is None else f"image {self.image!r} offset {self.offset}: "
+        return where + super().__str__()
 
 
 class RemoteNotFoundError(RemoteError):

@@ -31,7 +31,9 @@ class Codecs:
     Thread-safe: `list.pop` and `list.append` are atomic.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = ZSTD_LEVEL) -> None:
+        """`level` is zstd's, of what is encoded."""
+        self._level = level
         self._compressors: list[zstandard.ZstdCompressor] = []
         self._decompressors: list[zstandard.ZstdDecompressor] = []
 
@@ -40,7 +42,7 @@ class Codecs:
         compressor = (
             self._compressors.pop()
             if self._compressors
-            else zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+            else zstandard.ZstdCompressor(level=self._level)
         )
         record = fmt.encode_frame(slots, raw, compressor, COMPRESSION_GAIN_MIN)
         self._compressors.append(compressor)
@@ -62,8 +64,14 @@ class Fetches(Protocol):
     def fetch(self, frame: int) -> fmt.Buffer:
         """The frame's record with its bytes."""
 
+    def reached(self, frame: int) -> None:
+        """Note that the frame is about to be loaded, wherever its bytes are."""
+
     def is_next(self, frame: int) -> bool:
         """Whether the frame goes on where somebody reads a remote in order."""
+
+    def want(self, frames: Sequence[int]) -> None:
+        """Begin to fetch those of the frames that are elsewhere."""
 
 
 class FrameLoader:
@@ -85,14 +93,15 @@ class FrameLoader:
         Raises ChunkDamagedError when the frame is missing, cannot be read, fails its checksum or
         does not decompress, what `fetch` raises, and the translated error when LMDB fails.
         """
+        if self._env.remote is not None:
+            self._fetcher().reached(frame)
+            self._touched.add(frame)
         record: fmt.Buffer = self._stored(frame)
         if fmt.is_distant(record):
             record = memoryview(self._fetcher().fetch(frame))
         offsets = fmt.decode_frame_offsets(record, frame)
         raw = self._codecs.decode(record, frame)
         self._count(len(offsets) - 1)
-        if self._env.remote is not None:
-            self._touched.add(frame)
         return raw, offsets
 
     def _stored(self, frame: int) -> memoryview:
@@ -109,6 +118,11 @@ class FrameLoader:
             raise env.translate(error) from error
         fmt.verify_frame(record, frame)
         return record
+
+    def expect(self, frames: Sequence[int]) -> None:
+        """Note that all of these frames are about to be loaded. Never raises."""
+        if self._env.remote is not None:
+            self._fetcher().want(frames)
 
     def is_worth_loading_ahead(self, frame: int) -> bool:
         """Whether a frame that may be needed soon should be loaded now: not across a network,
@@ -258,10 +272,7 @@ class FrameWriter:
         frame = totals.frame_next
         fmt.seal_frame(new.record, frame)
         if not self._txn.put(fmt.frame_key(frame), new.record, db=self._env.frames, append=True):
-            raise StoreDamagedError(
-                f"{self._env.path}: holds a frame beyond number {frame} "
-                "(run 'dedupstore check --repair')"
-            )
+            raise self._holds_beyond(frame)
         for slot, entry in enumerate(new.slots):
             value = fmt.encode_index(entry.digest, fmt.make_ref(frame, slot))
             self._txn.put(entry.digest, value, db=self._env.chunks)
@@ -303,24 +314,42 @@ class FrameWriter:
         with suppress(StoreDamagedError):
             places.forget_frame(self._txn, self._env, frame, fmt.decode_frame_header(head, frame))
 
-    def store_distant(self, slots: Sequence[fmt.Slot], where: places.PlaceRecord) -> int:
-        """Store a frame whose bytes are in a remote; return its number. Its slots are distant or
-        dropped, and in neither index."""
+    @property
+    def frame_next(self) -> int:
+        """The number of the next frame that is stored."""
+        return self._totals.frame_next
+
+    def store_distant(
+        self, frames: Sequence[tuple[Sequence[fmt.Slot], places.PlaceRecord]]
+    ) -> None:
+        """Store frames whose bytes are in a remote, under the numbers from `frame_next` on. Slots
+        that are not dropped become distant; they are in neither index."""
         totals = self._totals
-        frame = totals.frame_next
-        record = fmt.encode_distant_frame(slots)
-        fmt.seal_frame(record, frame)
-        self._txn.put(fmt.frame_key(frame), record, db=self._env.frames, append=True)
         remote = self._env.ensure_remote(self._txn)
-        places.put_places(self._txn, remote, frame, where)
-        places.index_distant(self._txn, remote, frame, slots)
+        numbered = list(enumerate(frames, totals.frame_next))
+        records = []
+        for frame, (slots, _) in numbered:
+            record = fmt.encode_distant_frame(slots)
+            fmt.seal_frame(record, frame)
+            records.append((fmt.frame_key(frame), bytes(record)))
+        stored, _ = self._txn.cursor(db=self._env.frames).putmulti(records, append=True)
+        if stored < len(records):
+            raise self._holds_beyond(totals.frame_next)
+        places.add_distant(
+            self._txn, remote, ((frame, slots, where) for frame, (slots, where) in numbered)
+        )
         self._totals = replace(
             totals,
-            frame_next=frame + 1,
-            frames=totals.frames + 1,
-            stored_bytes=totals.stored_bytes + len(record),
+            frame_next=totals.frame_next + len(records),
+            frames=totals.frames + len(records),
+            stored_bytes=totals.stored_bytes + sum(len(record) for _, record in records),
         )
-        return frame
+
+    def _holds_beyond(self, frame: int) -> StoreDamagedError:
+        return StoreDamagedError(
+            f"{self._env.path}: holds a frame beyond number {frame} "
+            "(run 'dedupstore check --repair')"
+        )
 
     def restore(self, frame: int, record: bytearray) -> None:
         """Put a sound unsealed record into the place of a damaged frame of which nothing is in an
@@ -453,15 +482,16 @@ def _without(
 class FrameBuilder:
     """Collects chunks until a frame is full. Not thread-safe."""
 
-    def __init__(self, slots_max: int) -> None:
+    def __init__(self, slots_max: int, bytes_max: int = FRAME_BYTES_MAX) -> None:
         self._slots_max = slots_max
+        self._bytes_max = bytes_max
         self._slots: list[fmt.Slot] = []
         self._parts: list[fmt.Buffer] = []
         self._bytes = 0
 
     def fits(self, length: int) -> bool:
         """Whether another chunk of `length` bytes still belongs into this frame."""
-        return len(self._slots) < self._slots_max and self._bytes + length <= FRAME_BYTES_MAX
+        return len(self._slots) < self._slots_max and self._bytes + length <= self._bytes_max
 
     def add(self, digest: bytes, data: fmt.Buffer) -> int:
         """Append a chunk; return its slot."""

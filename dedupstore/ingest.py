@@ -25,7 +25,7 @@ from dedupstore.chunker import (
     segments_of_data,
     segments_of_extents,
 )
-from dedupstore.constants import FRAME_SLOTS_MAX
+from dedupstore.constants import FRAME_SLOTS_MAX, METADATA_FRAME_BYTES_MAX
 from dedupstore.env import Environment
 from dedupstore.erofs import file_extents, is_erofs
 from dedupstore.errors import ErofsError, SourceError
@@ -96,7 +96,7 @@ class Ingest:
         # Metadata lies in frames of its own: looking at many files takes few of them then. In
         # images of mkfs.erofs it lies between the contents.
         self._contents = _OpenFrame(FrameBuilder(FRAME_SLOTS_MAX))
-        self._metadata = _OpenFrame(FrameBuilder(FRAME_SLOTS_MAX))
+        self._metadata = _OpenFrame(FrameBuilder(FRAME_SLOTS_MAX, METADATA_FRAME_BYTES_MAX))
         self._frames_begun = 0
         # Metadata's frames wait for the end, and so lie one behind the other: in the store's file,
         # and in packs.

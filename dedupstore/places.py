@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import lmdb
@@ -129,6 +129,25 @@ def find_distant(txn: lmdb.Transaction, remote: RemoteDatabases, digest: bytes) 
     """Reference of the chunk with this digest whose bytes are elsewhere, or None."""
     value = txn.get(digest, db=remote.distant)
     return None if value is None else fmt.decode_index(digest, value)
+
+
+def add_distant(
+    txn: lmdb.Transaction,
+    remote: RemoteDatabases,
+    frames: Iterable[tuple[int, Sequence[fmt.Slot], PlaceRecord]],
+) -> None:
+    """Record the places of new frames, whose numbers rise, and have the index lead to the slots
+    that are not dropped. In the order of the keys: what comes by thousands then shares pages."""
+    where, index = [], []
+    for frame, slots, record in frames:
+        where.append((fmt.frame_key(frame), encode_places(record, frame)))
+        for at, slot in enumerate(slots):
+            if slot.state != fmt.SLOT_DROPPED:
+                value = fmt.encode_index(slot.digest, fmt.make_ref(frame, at))
+                index.append((slot.digest, value))
+    txn.cursor(db=remote.places).putmulti(where)
+    index.sort()
+    txn.cursor(db=remote.distant).putmulti(index, overwrite=False)
 
 
 def index_distant(

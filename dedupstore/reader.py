@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from dedupstore import format as fmt
 from dedupstore.cache import Entry, FrameCache
-from dedupstore.errors import ChunkDamagedError, DedupError
+from dedupstore.errors import ChunkDamagedError, DedupError, RemoteError
 from dedupstore.manifest import Manifest
 
 # Image bytes fetched ahead of a sequential reader: the window doubles from the first number to the
@@ -136,11 +136,14 @@ class ImageReader:
         prefetcher: Prefetcher,
         counters: ReadCounters,
         renew: Callable[[Manifest], Manifest] | None = None,
+        expect: Callable[[list[int]], None] = lambda _frames: None,
     ) -> None:
         """`renew` gives the image's manifest as it is in the store now: the one it gets, unless the
-        image was mended meanwhile."""
+        image was mended meanwhile. `expect` gets the frames of a request, if they are several, none
+        of which is in the cache, before the first is loaded."""
         self.name = name
         self._renew = renew
+        self._expect = expect
         self.manifest = manifest
         self._cache = cache
         self._prefetcher = prefetcher
@@ -195,7 +198,7 @@ class ImageReader:
                     if ref:
                         entry = cached(ref >> slot_bits)
                         if entry is None or entry.epoch != cache.epoch:
-                            entry = miss(entry, run)
+                            entry = miss(entry, run, length - done)
                         else:
                             counters.hits += 1
                         try:
@@ -223,10 +226,13 @@ class ImageReader:
 
         return read_noted
 
-    def _miss(self, entry: Entry | None, run: int) -> Entry:
-        """The entry of a run whose frame is absent, or used for the first time in this epoch."""
+    def _miss(self, entry: Entry | None, run: int, left: int) -> Entry:
+        """The entry of a run whose frame is absent, or used for the first time in this epoch; of
+        the request so many bytes are `left`, or a run less."""
         if entry is None:
             frame = self.manifest.refs[run] >> fmt.REF_SLOT_BITS
+            if left > self.manifest.starts[run + 1] - self.manifest.starts[run]:
+                self._expect_all(run, left)
             entry = self._cache.get(frame)
             self._prefetcher.loaded()
         else:
@@ -235,9 +241,23 @@ class ImageReader:
         self._read_ahead(run)
         return entry
 
+    def _expect_all(self, run: int, left: int) -> None:
+        """Say which frames the rest of a request needs, that begins in this run: what has to come
+        from afar then comes at once."""
+        starts, refs, cached = self.manifest.starts, self.manifest.refs, self._cache.entries
+        end = min(starts[run] + left, self.manifest.size)
+        frames: dict[int, None] = {}
+        while starts[run] < end:
+            frame = refs[run] >> fmt.REF_SLOT_BITS
+            if frame and frame not in cached:
+                frames[frame] = None
+            run += 1
+        if len(frames) > 1:
+            self._expect(list(frames))
+
     def _located(self, error: DedupError, offset: int) -> DedupError:
         self._counters.errors += 1
-        if isinstance(error, ChunkDamagedError):
+        if isinstance(error, ChunkDamagedError | RemoteError):
             error.image, error.offset = self.name, offset
         return error
 

@@ -23,8 +23,8 @@ from dedupstore.programs import find_program
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a server serves and where. Empty `images`: all of them; `cache` in nbdkit's size
-    syntax; `connections` as for the plugin. nbdkit listens in one place: `tcp` or `socket`; with
-    neither on the sockets that systemd has opened, which it finds by itself."""
+    syntax; `connections` and `pull` as for the plugin. nbdkit listens in one place: `tcp` or
+    `socket`; with neither on the sockets that systemd has opened, which it finds by itself."""
 
     store: Path
     socket: Path | None
@@ -33,6 +33,7 @@ class ServerOptions:
     metrics: Path | None = None
     files: Path | None = None
     connections: int | None = None
+    pull: str | None = None
     tcp: TcpAddress | None = None
     tls: Tls = field(default_factory=Tls)
 
@@ -69,6 +70,8 @@ def server_command(options: ServerOptions, *extra: str) -> list[str]:
         command.append(f"metrics={options.metrics}")
     if options.files is not None:
         command.append(f"files={options.files}")
+    if options.pull is not None:
+        command.append(f"pull={options.pull}")
     if options.connections is not None:
         command.append(f"connections={options.connections}")
     return command

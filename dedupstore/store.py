@@ -183,6 +183,11 @@ class Store:
         with self.env.read() as txn:
             return next(filter(wanted, catalog.list_names(txn, self.env, prefix)), None)
 
+    def has_name(self, name: str) -> bool:
+        """Whether there is an image of this name."""
+        with self.env.read() as txn:
+            return txn.get(catalog.encode_name(name), db=self.env.images) is not None
+
     def images(self) -> list[ImageInfo]:
         """Every image, in the order of the names."""
         with self.env.read() as txn:
@@ -390,21 +395,52 @@ class Store:
         replace: bool = False,
         prefetch: int | None = None,
         trace: Trace | None = None,
+        begin: bool = False,
     ) -> Pulled:
         """Have image `source` of a remote here, as `name`. See remote.pulling.Puller. `prefetch`:
         servers that open it then fetch what is elsewhere, fmt.PREFETCH_*, by a `trace` for
-        PREFETCH_TRACE; None: as before, at first nothing."""
-        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415
-        from dedupstore.remote.pulling import Puller  # noqa: PLC0415 - 30 ms, for remotes only
+        PREFETCH_TRACE; None: as before, at first by the trace that the image was pushed with, if it
+        has one and none is given here. With `begin` what the trace has begins to come now, and goes
+        on until the store is closed."""
+        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415 - for remotes only
 
         found, _ = find_remote(self.env, remote)
-        puller = Puller(self.env, self.leases, found, self.fetcher())
+        if self._fetcher is not None:
+            found = self._fetcher.share(found)
+        asked = found.ask_root(source)  # takes longer than the rest of the import
+        from dedupstore.remote.pulling import Puller  # noqa: PLC0415
 
-        def also(txn: lmdb.Transaction, digest: bytes) -> None:
+        puller = Puller(self.env, self.leases, self.fetcher().share(found), self.fetcher())
+
+        def also(txn: lmdb.Transaction, digest: bytes, carried: Trace | None) -> None:
             if prefetch is not None:
                 wishes.put_wish(txn, self.env, digest, fmt.Wish(prefetch), trace)
+            elif lazy and trace is None and carried is not None:
+                wishes.add_wish(txn, self.env, digest, fmt.Wish(fmt.PREFETCH_TRACE), carried)
 
-        return puller.pull(source, name, on_progress, lazy=lazy, replace=replace, also=also)
+        return puller.pull(
+            asked,
+            name,
+            on_progress,
+            lazy=lazy,
+            replace=replace,
+            begin=begin,
+            trace=trace,
+            also=also,
+        )
+
+    def require_remote(self, name: str) -> None:
+        """Raise RemoteError unless the store knows a remote of this name."""
+        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415 - for remotes only
+
+        find_remote(self.env, name)
+
+    def prepare_pull(self, remote: str) -> None:
+        """Load what the first pull would, so that nobody waits for that. Raises RemoteError."""
+        from dedupstore.remote import pulling  # noqa: F401, PLC0415
+        from dedupstore.remote.configuration import find_remote  # noqa: PLC0415
+
+        self.fetcher().share(find_remote(self.env, remote)[0]).objects.prepare_reading()
 
     def pusher(self, remote: str) -> Pusher:
         """What pushes images to a remote. See remote.pushing.Pusher."""

@@ -23,8 +23,8 @@ _HEAD = re.compile(rb"dedupstore trace ([0-9]{1,9})", re.ASCII)
 _IMAGE = re.compile(rb"image ([0-9a-f]{64})", re.ASCII)
 _CHUNK = re.compile(rb"([0-9a-f]{64}) ([1-9][0-9]{0,8})", re.ASCII)
 _LINE_BYTES_MAX = 75
-# What a reader takes of a file: no trace is longer.
-_FILE_BYTES_MAX = (TRACE_CHUNKS_MAX + 3) * _LINE_BYTES_MAX
+TRACE_BYTES_MAX = (TRACE_CHUNKS_MAX + 3) * _LINE_BYTES_MAX
+"""What a reader takes of a file: no trace is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def encode_trace(trace: Trace) -> bytes:
 
 def decode_trace(data: bytes) -> Trace:
     """The trace that a file holds. Raises TraceError, whatever the bytes are."""
-    if len(data) > _FILE_BYTES_MAX:
+    if len(data) > TRACE_BYTES_MAX:
         raise TraceError(f"more than {TRACE_CHUNKS_MAX} chunks")
     head, _, rest = data.partition(b"\n")
     version = _HEAD.fullmatch(head)
@@ -92,7 +92,7 @@ def read_trace(path: Path) -> Trace:
     """The trace in a file. Raises SourceError, TraceError."""
     try:
         with path.open("rb") as file:
-            data = file.read(_FILE_BYTES_MAX + 1)
+            data = file.read(TRACE_BYTES_MAX + 1)
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}") from None
     try:

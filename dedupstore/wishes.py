@@ -43,6 +43,14 @@ def put_wish(
     txn.put(key, fmt.encode_wish(wish, key), db=env.meta)
 
 
+def add_wish(
+    txn: lmdb.Transaction, env: Environment, image: bytes, wish: fmt.Wish, trace: Trace
+) -> None:
+    """As `put_wish`, for an image that has none."""
+    if find_wish(txn, env, image) is None:
+        put_wish(txn, env, image, wish, trace)
+
+
 def set_paused(txn: lmdb.Transaction, env: Environment, image: bytes, *, paused: bool) -> bool:
     """Pause what an image's wish asks for, or go on with it; False: it asks for nothing."""
     wish = find_wish(txn, env, image)

@@ -1,7 +1,7 @@
 """nbdkit plugin: every image of a store as a read-only export, from one shared cache.
 
     nbdkit python nbdplugin/dedup.py [store=DIR] [image=NAME|GLOB]... [cache=SIZE] [metrics=PATH]
-           [files=DIR] [connections=N]
+           [files=DIR] [connections=N] [pull=REMOTE]
 
 store=DIR      the store; default $DEDUPSTORE, else as for the command line
 image=NAME     an image to serve, or a glob; may be repeated; default every image. The export name
@@ -12,6 +12,7 @@ metrics=PATH   unix socket to serve Prometheus text on
 files=DIR      an empty directory in which each export is a file too, named by its digest; for root
 connections=N  clients that may be connected at a time; default 1024, fewer where fewer files may be
                open
+pull=REMOTE    an image that the store has not is pulled from there when it is opened, lazily
 
 Callbacks only: the logic is `nbdplugin.session`. Each connection has one thread, which the
 callbacks run on; what they call is thread-safe.
@@ -103,8 +104,10 @@ def config(key: str, value: str) -> None:
         if not _NUMBER.fullmatch(value):
             raise UsageError(f"connections={_shown(value)}: not a number of clients")
         _config.connections = int(value)
+    elif key == "pull":
+        _config.pull = value
     else:
-        known = "store, image, cache, metrics, files, connections"
+        known = "store, image, cache, metrics, files, connections, pull"
         raise UsageError(f"{_shown(key)}=: unknown parameter (known: {known})")
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from dedupstore.cache import FrameCache
 from dedupstore.constants import SOCKET_PATH_BYTES_MAX
 from dedupstore.errors import ImageNotFoundError, UsageError
+from dedupstore.manifest import Manifest
 from dedupstore.reader import ImageReader, Prefetcher, ReadCounters
 from dedupstore.store import Store
 from nbdplugin.recordings import Recordings
@@ -70,6 +71,7 @@ class Config:
     metrics: Path | None = None
     files: Path | None = None
     connections: int | None = None
+    pull: str | None = None
 
     def validate(self) -> None:
         """Open and close the store and look for the images, so that whoever starts the server sees
@@ -77,8 +79,10 @@ class Config:
         with Store(self.store) as store:
             # A damaged page could crash nbdkit without a word. The index is never served from.
             store.env.verify(skip=frozenset({"chunks"}))
+            if self.pull is not None:
+                store.require_remote(self.pull)
             for pattern in self.images:
-                if not _is_glob(pattern):
+                if not _is_glob(pattern) and self.pull is None:
                     store.image(pattern)
         if self.metrics is not None:
             _require_socket_path(self.metrics)
@@ -116,10 +120,13 @@ class Session:
         """Open the store. Raises DedupError."""
         limit_arenas()
         self._patterns = config.images
+        self._pull = config.pull
         self.store = Store(config.store)
         self.loader = self.store.loader()
         if self.store.env.remote is not None:
             self.store.fetcher()  # which notes what is used, too
+        if config.pull is not None:
+            self.store.prepare_pull(config.pull)
         self.counters = ReadCounters()
         self.cache = FrameCache(config.cache_bytes, self.loader.load)
         self._prefetcher = Prefetcher(
@@ -131,6 +138,7 @@ class Session:
         self.recordings = Recordings(self.store)
         self.background: Background | None = None
         self._lock = threading.Lock()  # who has opened what
+        self._pulls: dict[str, threading.Lock] = {}  # names that are being pulled
         self.open_exports = 0
 
     def close(self) -> None:
@@ -161,6 +169,8 @@ class Session:
         pattern = self._patterns[0] if self._patterns else "*"
         prefix = _literal_prefix(pattern)
         name = self.store.first_name(prefix, lambda name: _matches(name, pattern))
+        if name is None and self._pull is not None and not _is_glob(pattern):
+            return pattern
         if name is None:
             raise ImageNotFoundError(pattern)
         return name
@@ -173,7 +183,7 @@ class Session:
         if by_digest is None:
             if self._patterns and not any(_matches(name, pattern) for pattern in self._patterns):
                 raise ImageNotFoundError(name)
-            manifest = self.store.open_manifest(name)
+            manifest = self._open_manifest(name)
         else:
             digest = bytes.fromhex(by_digest[1])
             if self._patterns and not self.serves(digest):
@@ -187,11 +197,26 @@ class Session:
             self._prefetcher,
             self.counters,
             self.store.renew_manifest,
+            self.loader.expect,
         )
         with self._lock:
             self.recordings.joined(reader)
             self._fetch_ahead(manifest.digest)
         return reader
+
+    def _open_manifest(self, name: str) -> Manifest:
+        """The manifest of an image, which is pulled if the store has none of that name."""
+        if self._pull is not None and not self.store.has_name(name):
+            with self._lock:
+                pulling = self._pulls.setdefault(name, threading.Lock())
+            try:
+                with pulling:
+                    if not self.store.has_name(name):
+                        self.store.pull(self._pull, name, name, _silent, lazy=True, begin=True)
+            finally:
+                with self._lock:
+                    self._pulls.pop(name, None)
+        return self.store.open_manifest(name)
 
     def _fetch_ahead(self, image: bytes) -> None:
         """Have fetched what is wished of an image that somebody has opened. The lock is held."""
@@ -219,6 +244,10 @@ class Session:
             if self.background is not None:
                 self.background.closed(reader.manifest.digest)
         self.store.close_manifest(reader.manifest)
+
+
+def _silent(_done: int, _all: int) -> None:
+    """Who opens an image sees no progress."""
 
 
 def _literal_prefix(pattern: str) -> str:

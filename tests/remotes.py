@@ -3,12 +3,14 @@ releases of before did."""
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace as replaced
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import zstandard
 from blake3 import blake3
@@ -120,18 +122,33 @@ def without_bundles(manifest: RemoteManifest) -> bytes:
     return head + zstandard.compress(columns)
 
 
-def make_old(remote: Remote) -> None:
-    """Leave a remote as releases did that knew no bundles of indexes."""
-    for root in remote.roots():
-        data = without_bundles(remote.manifest(root))
+def make_old(remote: Remote, *, bundles: bool = False) -> None:
+    """Leave a remote as releases did whose manifests were objects of their own; and that knew no
+    bundles of indexes, unless `bundles`."""
+    for name in [root.name for root in remote.roots()]:
+        root, version = remote.root_version(name)
+        assert root is not None
+        if root.parts is None:
+            continue
+        data = root.parts.manifest if bundles else without_bundles(remote.manifest(root))
         manifest = blake3(data).digest()
         remote.objects.put(layout.manifest_path(manifest), data)
-        _, version = remote.root_version(root.name)
-        old = replaced(root, manifest=manifest, manifest_bytes=len(data))
+        old = replaced(root, manifest=manifest, manifest_bytes=len(data), parts=None)
         remote.put_root(old, version)
-        remote.objects.delete(layout.manifest_path(root.manifest))
-    for bundle in remote.bundles():
+    for bundle in () if bundles else remote.bundles():
         remote.objects.delete(layout.bundle_path(bundle))
+
+
+def split_root(directory: Path, name: str) -> tuple[dict[str, Any], bytes]:
+    """The root document of an image of a remote in a directory: its first line, and the rest."""
+    line, rest = (directory / "images" / name).read_bytes().split(b"\n", 1)
+    return json.loads(line), rest
+
+
+def write_root(directory: Path, name: str, document: dict[str, Any], rest: bytes) -> None:
+    """Write a root document into a remote in a directory."""
+    line = json.dumps(document).encode()
+    (directory / "images" / name).write_bytes(line + b"\n" + rest)
 
 
 def pack_files(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import getopt
 import sys
 
 # Options of ours: each becomes one of the command line.
-_OWN = ("store", "share", "type")
+_OWN = ("store", "share", "type", "pull")
 _RESTRICTIONS = ("nosuid", "nodev", "noexec")
 # What mount(8) and systemd put into options for themselves, or what holds for every mount here:
 # images are read-only, as they would be on a read-only medium, whatever is asked for.

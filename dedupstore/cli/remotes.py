@@ -20,7 +20,6 @@ from dedupstore.cli.output import (
 )
 from dedupstore.errors import StoreDamagedError
 from dedupstore.places import needs_remote
-from dedupstore.remote import layout
 from dedupstore.remote.collecting import GRACE_SECONDS, RemoteCollected, collect_remote
 from dedupstore.remote.configuration import (
     add_remote,
@@ -31,6 +30,7 @@ from dedupstore.remote.configuration import (
 )
 from dedupstore.remote.objects import without_credentials
 from dedupstore.remote.pushing import Pushed
+from dedupstore.remote.roots import Root
 from dedupstore.traces import read_trace
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -48,7 +48,7 @@ def remote() -> None:
 def remote_add(context: Context, name: str, urls: tuple[str, ...]) -> None:
     """Make a remote known as NAME; what is not one yet becomes one.
 
-    URL is s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://ACCOUNT/CONTAINER/PREFIX, http:// or
+    URL is s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, http:// or
     https:// (to read only), file:///DIRECTORY or a directory. Credentials and endpoints come from
     the usual environment variables and instance profiles. MIRROR_URLs are read from when URL fails.
     """
@@ -124,7 +124,7 @@ def remote_images(context: Context, name: str, as_json: bool) -> None:
     )
 
 
-def _image_document(root: layout.Root) -> dict[str, object]:
+def _image_document(root: Root) -> dict[str, object]:
     return {
         "name": root.name,
         "size": root.size,

@@ -21,6 +21,12 @@ SOCKET_NAME = "nbd.sock"
 @click.option("--metrics", type=click.Path(path_type=Path), help="Prometheus text on this socket.")
 @click.option("--connections", type=click.IntRange(min=1), help="Clients at a time.")
 @click.option(
+    "--pull",
+    "remote",
+    metavar="REMOTE",
+    help="Pull an image that the store has not from there when a client opens it, lazily.",
+)
+@click.option(
     "--tcp",
     metavar="ADDRESS[:PORT]",
     help=f"Listen here instead, port {PORT} by default, with TLS unless --tls says otherwise.",
@@ -41,6 +47,7 @@ def serve(
     cache: str | None,
     metrics: Path | None,
     connections: int | None,
+    remote: str | None,
     tcp: str | None,
     tls: str | None,
     tls_certificates: Path | None,
@@ -65,6 +72,7 @@ def serve(
         cache,
         metrics.absolute() if metrics else None,
         connections=connections,
+        pull=remote,
         tcp=address,
         tls=Tls(tls, tls_certificates, tls_psk, tls_verify_peer),
     )

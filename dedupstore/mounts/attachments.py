@@ -262,8 +262,16 @@ def _connect_nbd(runtime: Runtime, made: Attachment) -> bool:
 
 
 def sweep(runtime: Runtime, roots: Roots) -> None:
-    """Let go of whatever nobody uses: after each operation, and before each for what a killed
-    process, a reboot or a umount(8) has left. The server goes with the last attachment."""
+    """Let go of whatever nobody uses, after each operation. The server goes with the last
+    attachment."""
+    release_unused(runtime, roots)
+    if not runtime.directories():
+        stop_server(runtime)
+
+
+def release_unused(runtime: Runtime, roots: Roots) -> None:
+    """Let go of the attachments that nobody uses: before each operation, for what a killed process,
+    a reboot or a umount(8) has left."""
     for directory in runtime.directories():
         if load_record(directory) is None:
             release(Attachment(directory, _NO_RECORD, roots))
@@ -279,8 +287,6 @@ def sweep(runtime: Runtime, roots: Roots) -> None:
             _drop_loop(attachment)
             if attachment not in used and attachment.record.digest not in homes:
                 release(attachment)
-    if not runtime.directories():
-        stop_server(runtime)
 
 
 _NO_RECORD = Record("", "", 0, "", "", "", "")

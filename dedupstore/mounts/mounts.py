@@ -13,18 +13,19 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dedupstore import syscalls
-from dedupstore.errors import MountError
+from dedupstore.errors import DedupError, MountError
 from dedupstore.mounts import anchors, attachments, devices, kernel, nbd
 from dedupstore.mounts.anchors import EROFS
 from dedupstore.mounts.attachments import Attachment
 from dedupstore.mounts.nbd import Roots
-from dedupstore.mounts.servers import find_server, start_command
+from dedupstore.mounts.servers import find_server, start_command, start_early
 from dedupstore.mounts.sharing import POOL
 from dedupstore.mounts.state import Export, Runtime, Target, runtimes
 
@@ -153,6 +154,27 @@ class Host:
             record.mounts[str(directory)] = target.name
             attachment.save()
 
+    @contextmanager
+    def starting(self, store: Path, store_uuid: str, directory: Path | None) -> Iterator[None]:
+        """While the image that is going to be mounted on `directory`, or attached (None), is made,
+        in the block: start the store's server, if need be, which takes as long. Raises MountError,
+        before the block, for what is no directory."""
+        if directory is None:
+            _require_root("attach")
+        else:
+            _require_root("mount")
+            _resolve_directory(directory)
+        runtime = Runtime(self.run, store_uuid)
+        thread = threading.Thread(target=_start_early, args=(runtime, store), name="server")
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            thread.join()
+            with self._changing(runtime):  # which stops a server that nobody uses
+                raise
+        thread.join()
+
     def _ensure(
         self, runtime: Runtime, target: Target, export: Export, *, mounting: bool
     ) -> Attachment:
@@ -251,7 +273,8 @@ class Host:
         runtime.create()
         try:
             with runtime.lock():
-                attachments.sweep(runtime, self.roots)
+                # A server that nobody uses, yet, is of use to what comes next.
+                attachments.release_unused(runtime, self.roots)
                 try:
                     yield runtime
                 finally:
@@ -325,6 +348,13 @@ class Host:
             shlex.join(start_command(runtime, target.store)),
             f"until mountpoint -q {files}; do sleep 0.1; done",
         ]
+
+
+def _start_early(runtime: Runtime, store: Path) -> None:
+    with suppress(DedupError, OSError):  # `mount` will try again, and say why not
+        runtime.create()
+        with runtime.lock():
+            start_early(runtime, store)
 
 
 def _require_root(command: str) -> None:

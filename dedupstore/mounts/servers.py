@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -56,15 +57,31 @@ def find_server(runtime: Runtime, store: Path, export: Export) -> Path | None:
     return store / SERVE_SOCKET if served == export.digest else None
 
 
+def start_early(runtime: Runtime, store: Path) -> None:
+    """Start this tool's own server if no server of the store listens: for an export that is not
+    there yet. Raises ProgramError."""
+    if not (_listens(runtime.socket) or _listens(store / SERVE_SOCKET)):
+        _start(runtime, store)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(os.fspath(path)) == 0
+
+
+def _start(runtime: Runtime, store: Path) -> None:
+    _forget(runtime)
+    runtime.files.mkdir(mode=0o700)
+    # nbdkit listens before it daemonises: when this returns, connecting works.
+    run_program(start_command(runtime, store), _START_SECONDS)
+
+
 def start_server(runtime: Runtime, store: Path, export: Export) -> Path:
     """Start this tool's own server where `find_server` has found none; its socket.
 
     Raises ProgramError when nbdkit is missing or fails, and as `find_server`.
     """
-    _forget(runtime)
-    runtime.files.mkdir(mode=0o700)
-    # nbdkit listens before it daemonises: when this returns, connecting works.
-    run_program(start_command(runtime, store), _START_SECONDS)
+    _start(runtime, store)
     if not _own_serves(runtime, export):
         raise ProgramError("nbdkit", "ended as soon as it was started (see the system log)")
     return runtime.socket
@@ -82,15 +99,15 @@ def ensure_file(runtime: Runtime, store: Path, export: Export) -> Path:
 
 def _own_serves(runtime: Runtime, export: Export) -> bool:
     """Whether this tool's own server runs. Raises MountError if it does not serve the export."""
-    socket = runtime.socket
+    path = runtime.socket
     try:
-        digest = export_digest(socket, export.name, _ANSWER_SECONDS)
+        digest = export_digest(path, export.name, _ANSWER_SECONDS)
     except (ConnectionRefusedError, FileNotFoundError):
         return False
     except OSError as error:
-        raise MountError(f"{socket}: the store's server does not answer: {error}") from None
+        raise MountError(f"{path}: the store's server does not answer: {error}") from None
     if digest != export.digest:
-        what = f"{socket}: the store's server does not serve {export.digest[:16]}"
+        what = f"{path}: the store's server does not serve {export.digest[:16]}"
         raise MountError(f"{what} (removed meanwhile? try again)")
     return True
 

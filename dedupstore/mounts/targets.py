@@ -17,7 +17,6 @@ from dedupstore.errors import (
 from dedupstore.mounts.sharing import KERNEL, NONE, POOL
 from dedupstore.mounts.state import Export, Target
 from dedupstore.store import ImageInfo, Store
-from dedupstore.views import ensure_view
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +53,8 @@ def _target(store: Store, image: ImageInfo, mode: str, on_progress: Progress) ->
     export = Export(image.digest, image.size, image.kind)
     homes: tuple[Export, ...] = ()
     if mode != NONE:
+        from dedupstore.views import ensure_view  # noqa: PLC0415 - 25 ms, where there is sharing
+
         view = ensure_view(store, bytes.fromhex(image.digest), _KINDS[mode], on_progress)
         export = Export(view.digest.hex(), view.size, _EROFS)
         homes = tuple(Export(home.hex(), size, _EROFS) for home, size in view.homes)

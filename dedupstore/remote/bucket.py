@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import obstore
@@ -75,20 +76,31 @@ _CAUSES = {
 _TRANSIENT_STATUS = ("408", "429", "5")
 
 
+class _BeyondEndError(Exception):
+    """A range begins behind the end of its object."""
+
+
 class Bucket:
     """The objects below one URL."""
 
     def __init__(self, url: str) -> None:
         """Raises OSError for a URL or a configuration of the environment that cannot be used."""
+        self._url = url
         with _translated():
             self._reading: Any = from_url(url, client_options=_READING, retry_config=_ONCE)
-            self._working: Any = from_url(url, client_options=_WORKING, retry_config=_RETRYING)
         self.writable = not isinstance(self._reading, HTTPStore)
+
+    @cached_property
+    def _working(self) -> Any:
+        # Only now: making it takes 5 ms, and who pulls does without.
+        with _translated():
+            return from_url(self._url, client_options=_WORKING, retry_config=_RETRYING)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         """Bytes from `offset` on; fewer where the object ends."""
-        with _translated():
+        with suppress(_BeyondEndError), _translated():
             return bytes(obstore.get_range(self._reading, path, start=offset, length=length))
+        return b""
 
     def read_whole(self, path: str, bytes_max: int) -> tuple[bytes, Any]:
         """An object of at most `bytes_max` bytes (more: one byte too many), and its version."""
@@ -163,6 +175,8 @@ def _raise(error: Exception) -> NoReturn:
         what = f"refuses ({status[1]})" if status else "refuses"
         raise PermissionError(errno.EACCES, f"{what}: credentials?") from None
     if status is not None:
+        if status[1].startswith("416"):
+            raise _BeyondEndError from None
         what = f"answers {status[1].strip()}"
         if status[1].startswith(_TRANSIENT_STATUS):
             raise ConnectionError(errno.EIO, what) from None

@@ -72,8 +72,9 @@ def collect_remote(
     condemned = remote.condemned()
     # First what is there, then what is needed: what a push brings in between is not listed.
     there = {found.path: found for found in _objects(remote)}
-    roots = remote.roots()
-    needed = {path for paths in in_parallel(lambda r: _needed(remote, r), roots) for path in paths}
+    named = in_parallel(lambda path: _needed(remote, path), remote.root_paths())
+    images = [paths for paths in named if paths is not None]
+    needed = {path for paths in images for path in paths}
     garbage = {path: found for path, found in there.items() if path not in needed}
 
     ripe = {path: paths for path, (found, paths) in condemned.items() if found.written <= old}
@@ -95,7 +96,7 @@ def collect_remote(
     dying = {found.path for found in (*dead, *fresh)}
     return RemoteCollected(
         dry_run,
-        len(roots),
+        len(images),
         sum(layout.is_pack(path) for path in there),
         sum(found.size for found in there.values()),
         sum(path not in waiting and path not in dying for path in garbage),
@@ -113,15 +114,24 @@ def _objects(remote: Remote) -> list[Found]:
     return [found for found in listed if layout.id_of(found.path) is not None]
 
 
-def _needed(remote: Remote, root: layout.Root) -> list[str]:
-    """The paths of the manifest, the bundles and the packs that an image needs."""
-    try:
-        manifest = remote.manifest(root)
-    except (RemoteNotFoundError, RemoteDamagedError) as error:
-        raise RemoteError(
-            f"remote {shown(remote.name)}: what image {shown(root.name)} needs cannot be told, so "
-            f"nothing was deleted: {error} (push it again with --replace, or 'remote delete' it)"
-        ) from None
+def _needed(remote: Remote, path: str) -> list[str] | None:
+    """The paths of the manifest, the bundles and the packs that the image with this root document
+    needs; None: it has been deleted."""
+    root = remote.beginning(path)
+    while root is not None:
+        try:
+            manifest = remote.manifest(root)
+            break
+        except (RemoteNotFoundError, RemoteDamagedError) as error:
+            before, root = root, remote.beginning(path)
+            if root == before:  # and not replaced meanwhile
+                raise RemoteError(
+                    f"remote {shown(remote.name)}: what image {shown(root.name)} needs cannot be "
+                    f"told, so nothing was deleted: {error} (push it again with --replace, or "
+                    "'remote delete' it)"
+                ) from None
+    if root is None:
+        return None
     return [
         layout.manifest_path(root.manifest),
         *(layout.bundle_path(bundle.bundle) for bundle in manifest.bundles),

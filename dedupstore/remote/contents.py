@@ -47,6 +47,7 @@ class Contents:
         self._packs: dict[bytes, int] = {}
         self._bundles: dict[bytes, int] = {}
         self._bundled: dict[bytes, tuple[BundleRef, int]] = {}  # by pack; and the offset in it
+        self._new: set[bytes] = set()  # packs whose indexes are in bundles of this push
         self.sent_bytes = 0
 
     def look(self) -> None:
@@ -128,6 +129,7 @@ class Contents:
             self._cache.put(bundle.bundle, bundle.data)
             self.sent_bytes += len(bundle.data)
             ref = BundleRef(bundle.bundle, len(bundle.data))
+            self._new.update(entry.pack for entry in bundle.entries)
             self._bundled.update({entry.pack: (ref, entry.offset) for entry in bundle.entries})
         numbers: dict[BundleRef, int] = {}
         refs = []
@@ -136,6 +138,17 @@ class Contents:
             number = numbers.setdefault(bundled, 1 + len(numbers))
             refs.append(PackRef(index.pack, index.pack_bytes, index.index_bytes, number, offset))
         return tuple(numbers), tuple(refs)
+
+    def carried(self, names: Iterable[bytes], bytes_max: int) -> bytes:
+        """A bundle of indexes for a root document that needs these packs: of all of them, or if
+        that would be more than `bytes_max`, so that a small change of a large image stays small, of
+        those that `bundle` has put into new ones."""
+        needed = [self.indexes[name] for name in names]
+        if sum(index.index_bytes for index in needed) > bytes_max:
+            needed = [index for index in needed if index.pack in self._new]
+        if not needed or sum(index.index_bytes for index in needed) > _BUNDLE_BYTES:
+            return b""
+        return packs.encode_bundle(needed, new_salt()).data
 
 
 def _parts(names: list[bytes], size: int) -> Iterator[list[bytes]]:

@@ -19,8 +19,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from blake3 import blake3
-
 from dedupstore import format as fmt, places
 from dedupstore.env import Environment
 from dedupstore.errors import (
@@ -37,8 +35,9 @@ from dedupstore.remote.configuration import find_number
 from dedupstore.remote.counters import FetchCounters
 from dedupstore.remote.grouping import BULK, Pace, Wanted, groups, runs
 from dedupstore.remote.keeping import Keeper
+from dedupstore.remote.receiving import received
 from dedupstore.remote.remote import Remote
-from dedupstore.remote.streams import REQUEST_BYTES_MAX, Stream, Streams
+from dedupstore.remote.streams import PASSED_FRAMES_MAX, REQUEST_BYTES_MAX, Stream, Streams
 from dedupstore.remote.workers import Workers
 
 # A request brings no more than comes in this time as fast as the last ones did: nobody waits long
@@ -46,12 +45,13 @@ from dedupstore.remote.workers import Workers
 _REQUEST_SECONDS = 0.5
 # Frames that are looked at for what comes next, here already or not.
 _AHEAD_FRAMES_MAX = 64
-# And frames that lie in other packs, in looking for more of the same one.
-_PASSED_FRAMES_MAX = 4
 # How long a reader waits, and the fetches for readers at a time. Devices wait a little longer
 # (mounts.nbd).
 _READ_SECONDS = 25
 _DEMANDS = 32
+# What is fetched before anybody asks (`ahead`): enough to fill the link, and few to wait for when
+# the command ends.
+_EARLY = 3
 _STOP_SECONDS = 2.0
 # How long to wait for a frame that another process fetches, and how often to look.
 _OTHERS_SECONDS = 20.0
@@ -85,15 +85,21 @@ class Fetcher:
         self._flights: dict[int, _Flight] = {}
         self._remotes: dict[int, Remote] = {}
         self._streams = Streams()
+        # By the first frame of what was fetched ahead: where the next part begins.
+        self._marks: dict[int, tuple[int, Stream]] = {}
         self._failed: dict[int, tuple[float, str]] = {}
         # Readers wait for these no longer than _READ_SECONDS; what comes later is stored all the
         # same.
         self._demands = Workers(_DEMANDS)
+        self._early = Workers(_EARLY)
+        self._closing = False
         self._bytes_per_second = float(REQUEST_BYTES_MAX)
 
     def close(self) -> None:
         """Store what has come. Nobody may be waiting; what is still under way is
         waited for a moment, and fetched again some day if that was too short."""
+        self._closing = True
+        self._early.close(_STOP_SECONDS)
         self._demands.close(_STOP_SECONDS)
         self.keeper.close()
         self._claims.close()
@@ -212,13 +218,12 @@ class Fetcher:
         """How many bytes a request may bring at most."""
         return min(int(self._bytes_per_second * _REQUEST_SECONDS), REQUEST_BYTES_MAX)
 
-    def _gather(self, first: Wanted, follows: Stream | None = None) -> tuple[Stream, list[Wanted]]:
+    def _gather(self, first: Wanted) -> tuple[Stream, list[Wanted]]:
         """What one request brings that begins with a frame: that, and those behind it in its pack
         that are elsewhere too and nobody is fetching, as far as they fit into the window; claimed,
-        each with a flight. They are looked for by number, which goes as the image needs them.
-        `follows`: see Streams.begin."""
+        each with a flight. They are looked for by number, which goes as the image needs them."""
         place = first.places[0]
-        stream = self._streams.begin(place, self._window_max(), follows)
+        stream = self._streams.begin(first.frame, place, self._window_max())
         end, limit = place.offset + place.length, place.offset + stream.window
         gap_max = stream.gap
         group = [first]
@@ -228,7 +233,7 @@ class Fetcher:
             with suppress(DedupError):  # of no concern to who reads `first`
                 found = self._find_places(frame)
             here = found and next((p for p in found.places if p.pack == place.pack), None)
-            if not here and gap_max and passed < _PASSED_FRAMES_MAX:
+            if not here and gap_max and passed < PASSED_FRAMES_MAX:
                 passed += 1  # metadata, mostly, which lies elsewhere
                 continue
             if not here or not 0 <= here.offset - end <= gap_max:
@@ -242,13 +247,20 @@ class Fetcher:
                 end = here.offset + here.length
             elif not gap_max:
                 break
-        self._streams.asked(stream, end)
+        self._streams.asked(stream, group[-1].frame, group[-1].places[0])
         return stream, group
 
+    def reached(self, frame: int) -> None:
+        """Note that a frame is about to be loaded: the first of what was fetched ahead has the next
+        part fetched."""
+        following = self._marks.pop(frame, None)
+        if following is not None:
+            self._demands.run(partial(self._go_on, *following))
+
     def _go_on(self, frame: int, stream: Stream) -> None:
-        """Fetch as much of what comes next, from one pack or several, as is being fetched for a
-        reader in order, who is then busy with that: the link is never idle."""
-        brought = 0
+        """Fetch as much of what comes next, from one pack or several, as a reader in order is
+        brought at a time, and more when he gets there: the link is never idle."""
+        mark, brought = 0, 0
         for following in range(frame, frame + _AHEAD_FRAMES_MAX):
             record = self._take(following)
             if record is None:
@@ -258,10 +270,12 @@ class Fetcher:
             except DedupError as error:
                 self._abandon(following, error)
                 return
-            _, group = self._gather(wanted, stream)
+            _, group = self._gather(wanted)
             self._demands.run(partial(self._bring, group))
+            mark = mark or following
             brought += sum(one.places[0].length for one in group)
             if brought >= stream.window:
+                self._marks[mark] = group[-1].frame + 1, stream
                 return
 
     def _take(self, frame: int) -> fmt.Buffer | None:
@@ -280,6 +294,52 @@ class Fetcher:
             return record
         self._land(frame, record, None)
         return None
+
+    def want(self, frames: Iterable[int]) -> None:
+        """Begin to fetch those of the frames that are elsewhere, which somebody is about to read,
+        in as few requests as they lie in. Waits for nothing, and raises nothing: who reads them is
+        told."""
+        ours = []
+        with suppress(DedupError):
+            for wanted in self._elsewhere(frames):
+                if self._take(wanted.frame) is not None:
+                    ours.append(wanted)
+        for one in ours:
+            self._streams.asked_for(one.frame, one.places[0])
+        for group in runs(ours):
+            self._demands.run(partial(self._bring, group))
+
+    # --- what comes by another way (`ahead`) ---
+
+    def share(self, remote: Remote) -> Remote:
+        """The one of this remote that is in use, which has connections; this one, if none is."""
+        known = self._remotes.get(remote.number)
+        if known is None or known.objects.urls != remote.objects.urls:
+            known = self._remotes[remote.number] = remote
+        return known
+
+    def run_early(self, task: Callable[[], None]) -> None:
+        """Run something that fetches ahead, unless the fetcher is closed before its turn comes."""
+        self._early.run(lambda: None if self._closing else task())
+
+    def expect(self, frame: int) -> bool:
+        """Begin a flight for a frame and claim it, if it is elsewhere and nobody else is at it;
+        `deliver` ends the flight."""
+        return self._take(frame) is not None
+
+    def deliver(self, wanted: Wanted, sent: memoryview) -> None:
+        """Keep the record of an expected frame, as it is in packs. If it is not what it should be,
+        whoever waits for the frame fetches it."""
+        try:
+            record = received(sent, wanted.frame, wanted.slots, self._codecs)
+        except RemoteDamagedError:
+            self._abandon(wanted.frame, None)
+            return
+        with self._lock:
+            self.counters.bytes += len(sent)
+            self.counters.frames += 1
+        self.keeper.keep(wanted.frame, record)
+        self._land(wanted.frame, memoryview(record), None)
 
     # --- the request ---
 
@@ -366,40 +426,13 @@ class Fetcher:
         for span, wanted in zip(spans, group, strict=True):
             at = span.offset - spans[0].offset
             try:
-                records.append(self._rebuilt(data[at : at + span.length], wanted))
+                sent = data[at : at + span.length]
+                records.append(received(sent, wanted.frame, wanted.slots, self._codecs))
             except RemoteDamagedError:
                 if not records:
                     raise
                 records.append(None)
         return records
-
-    def _rebuilt(self, sent: memoryview, wanted: Wanted) -> bytearray:
-        """A frame's record for this store, from the one in the pack."""
-        try:
-            fmt.verify_frame(sent, 0)
-            header = fmt.decode_frame_header(sent, 0)
-            raw = self._codecs.decode(sent, 0)
-            offsets = fmt.decode_frame_offsets(sent, 0)
-        except ChunkDamagedError as error:
-            raise RemoteDamagedError(f"a frame in it {error.reason}") from None
-        if len(header.slots) != len(wanted.slots) or offsets[-1] != len(raw):
-            raise RemoteDamagedError("a frame in it has other chunks than it should")
-        kept = []
-        view = memoryview(raw)
-        for at, (slot, has) in enumerate(zip(wanted.slots, header.slots, strict=True)):
-            if slot.state == fmt.SLOT_DROPPED:
-                continue
-            piece = view[offsets[at] : offsets[at] + has.length]
-            if has.length != slot.length or blake3(piece).digest() != slot.digest:
-                raise RemoteDamagedError("a chunk in it does not have its digest")
-            kept.append(piece)
-        if len(kept) == len(header.slots):
-            record = bytearray(sent)
-        else:
-            slots = [fmt.present(slot) for slot in wanted.slots]
-            record = self._codecs.encode(slots, b"".join(kept))
-        fmt.seal_frame(record, wanted.frame)
-        return record
 
     # --- many frames ---
 
@@ -446,18 +479,14 @@ class Fetcher:
         under_way: deque[Future[int]] = deque()
         workers, ended = Workers(requests), threading.Event()
 
-        def fetch(group: list[Wanted], result: Future[int]) -> None:
-            try:
-                result.set_result(0 if ended.is_set() else self._fetch_group(group))
-            except BaseException as error:
-                result.set_exception(error)
+        def fetch(group: list[Wanted]) -> int:
+            return 0 if ended.is_set() else self._fetch_group(group)
 
         try:
             for group in found:
                 if stopped():
                     break
-                under_way.append(Future())
-                workers.run(partial(fetch, group, under_way[-1]))
+                under_way.append(workers.submit(partial(fetch, group)))
                 if len(under_way) > 2 * requests:
                     on_progress(under_way.popleft().result())
             while under_way:

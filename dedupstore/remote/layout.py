@@ -1,7 +1,8 @@
-"""A remote's objects: their names, and its documents <-> bytes (docs/remote-format.md).
+"""A remote's objects: their names, and its documents <-> bytes (docs/remote-format.md); those of
+images are `roots`.
 
-Pure functions; no I/O, no policy. A remote is not trusted: every decoder here, in `packs` and in
-`manifests` survives any input, raises RemoteDamagedError (one line) for what does not hold, and
+Pure functions; no I/O, no policy. A remote is not trusted: every decoder here, in `roots`, `packs`
+and `manifests` survives any input, raises RemoteDamagedError (one line) for what does not hold, and
 bounds what it allocates by constants of its module. Thread-safe.
 """
 
@@ -17,11 +18,10 @@ from typing import Any
 from blake3 import blake3
 
 from dedupstore import format as fmt
-from dedupstore.constants import IMAGE_NAME_BYTES_MAX
 from dedupstore.errors import RemoteDamagedError
 
 FORMAT_VERSION = 1
-"""Of documents."""
+"""Of documents, but for root documents."""
 
 INFO_PATH = "dedupstore.json"
 PACKS = "packs/"
@@ -113,31 +113,14 @@ class RemoteInfo:
     created: float
 
 
-@dataclass(frozen=True, slots=True)
-class Root:
-    """What a name stands for in a remote. `kind` is a fmt.KIND_ constant, `created` in seconds
-    since 1970, `manifest` the manifest's id, `manifest_bytes` its length."""
-
-    name: str
-    digest: bytes
-    size: int
-    kind: int
-    created: float
-    manifest: bytes
-    manifest_bytes: int
-
-
-_KINDS = {name: kind for kind, name in fmt.KIND_NAMES.items()}
-
-
 def encode_info(info: RemoteInfo) -> bytes:
     """The document `dedupstore.json`."""
-    return _document({"uuid": str(info.uuid), "created": info.created})
+    return encode_fields({"uuid": str(info.uuid), "created": info.created})
 
 
 def decode_info(data: bytes) -> RemoteInfo:
     """Return what a remote is."""
-    fields = _Fields(data, INFO_PATH)
+    fields = Fields(data, INFO_PATH)
     try:
         uuid = uuids.UUID(fields.text("uuid"))
     except ValueError:
@@ -145,56 +128,15 @@ def decode_info(data: bytes) -> RemoteInfo:
     return RemoteInfo(uuid, fields.number("created"))
 
 
-def encode_root(root: Root) -> bytes:
-    """The root document of an image."""
-    return _document(
-        {
-            "name": root.name,
-            "digest": root.digest.hex(),
-            "size": root.size,
-            "kind": fmt.KIND_NAMES[root.kind],
-            "created": root.created,
-            "manifest": root.manifest.hex(),
-            "manifest_bytes": root.manifest_bytes,
-        }
-    )
-
-
-def decode_root(data: bytes, path: str) -> Root | None:
-    """The root document that was found at `path`; None if it says that the image was deleted."""
-    if not data:
-        return None
-    fields = _Fields(data, path)
-    name = fields.text("name")
-    try:
-        at_home = 1 <= len(name.encode()) <= IMAGE_NAME_BYTES_MAX and image_path(name) == path
-    except UnicodeEncodeError:
-        at_home = False
-    if not at_home:
-        raise RemoteDamagedError(f"{path}: is of another image")
-    kind = _KINDS.get(fields.text("kind"))
-    if kind is None:
-        raise RemoteDamagedError(f"{path}: unknown kind of image (use a newer dedupstore)")
-    return Root(
-        name,
-        fields.digest("digest"),
-        fields.integer("size", IMAGE_BYTES_MAX),
-        kind,
-        fields.number("created"),
-        fields.digest("manifest"),
-        fields.integer("manifest_bytes", MANIFEST_BYTES_MAX),
-    )
-
-
 def encode_condemned(paths: Collection[str]) -> bytes:
     """A document that condemns the packs, bundles and manifests at `paths`."""
-    return _document({"objects": sorted(paths)})
+    return encode_fields({"objects": sorted(paths)})
 
 
 def decode_condemned(data: bytes, path: str) -> frozenset[str]:
     """The paths that the document found at `path` condemns, all of packs, bundles and
     manifests."""
-    found = _Fields(data, path).values.get("objects")
+    found = Fields(data, path).values.get("objects")
     if not isinstance(found, list) or not all(
         isinstance(one, str) and _CONDEMNABLE.fullmatch(one) for one in found
     ):
@@ -202,14 +144,16 @@ def decode_condemned(data: bytes, path: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _document(fields: dict[str, Any]) -> bytes:
-    return json.dumps({"format": FORMAT_VERSION, **fields}, ensure_ascii=False).encode() + b"\n"
+def encode_fields(fields: dict[str, Any], version: int = FORMAT_VERSION) -> bytes:
+    """A JSON object of this format version, one line."""
+    return json.dumps({"format": version, **fields}, ensure_ascii=False).encode() + b"\n"
 
 
-class _Fields:
-    """A JSON object of a known format version, read field by field."""
+class Fields:
+    """A JSON object of a known format version, read field by field. Each raises RemoteDamagedError
+    for what is missing or wrong."""
 
-    def __init__(self, data: bytes, path: str) -> None:
+    def __init__(self, data: bytes, path: str, version_max: int = FORMAT_VERSION) -> None:
         self._path = path
         try:
             values = json.loads(data)
@@ -218,9 +162,10 @@ class _Fields:
         if not isinstance(values, dict):
             raise RemoteDamagedError(f"{path}: is no JSON object")
         self.values: dict[str, Any] = values
-        if self.integer("format", 1 << 32) > FORMAT_VERSION:
+        self.version = self.integer("format", 1 << 32)
+        if self.version > version_max:
             raise RemoteDamagedError(
-                f"{path}: has format {values['format']}, this release knows up to {FORMAT_VERSION} "
+                f"{path}: has format {self.version}, this release knows up to {version_max} "
                 "(use a newer dedupstore)"
             )
 
@@ -228,18 +173,21 @@ class _Fields:
         return RemoteDamagedError(f"{self._path}: {name} is missing or wrong")
 
     def text(self, name: str) -> str:
+        """A string."""
         value = self.values.get(name)
         if not isinstance(value, str):
             raise self._wrong(name)
         return value
 
     def integer(self, name: str, limit: int) -> int:
+        """A number from 0 on and below `limit`."""
         value = self.values.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
             raise self._wrong(name)
         return value
 
     def number(self, name: str) -> float:
+        """Seconds since 1970."""
         value = self.values.get(name)
         # A datetime can be made of it.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e11:
@@ -247,6 +195,7 @@ class _Fields:
         return float(value)
 
     def digest(self, name: str) -> bytes:
+        """A digest in hexadecimal."""
         value = self.text(name)
         if re.fullmatch(r"[0-9a-f]{64}", value) is None:
             raise self._wrong(name)

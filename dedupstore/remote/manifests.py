@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import sub
@@ -76,6 +76,18 @@ class RemoteManifest:
     lengths: array[int]
     refs: array[int]
     counts: array[int]
+
+    def frames_at(self, offset: int, length: int) -> list[int]:
+        """The frames, by their places in the list, that these bytes of the image are in."""
+        found: dict[int, None] = {}
+        at = 0
+        for run, ref in zip(self.lengths, self.refs, strict=True):
+            if at >= offset + length:
+                break
+            if ref != fmt.REF_HOLE and at + run > offset:
+                found[(ref >> fmt.REF_SLOT_BITS) - 1] = None
+            at += run
+        return list(found)
 
 
 def encode_manifest(manifest: RemoteManifest, salt: bytes) -> bytes:
@@ -251,17 +263,19 @@ def image_digest(manifest: RemoteManifest, slots: Sequence[Sequence[fmt.Slot]]) 
     return digest.finish()
 
 
-def index_spans(manifest: RemoteManifest, gap: int) -> Iterator[tuple[bytes, list[PackRef]]]:
-    """Where the bundles have the indexes of an image's packs: (bundle's id, packs), whose indexes
-    lie in this order with at most `gap` bytes between them."""
+def index_spans(
+    packs: Iterable[PackRef], bundles: Sequence[BundleRef], gap: int
+) -> Iterator[tuple[bytes, list[PackRef]]]:
+    """Where an image's `bundles` have the indexes of these of its packs: (bundle's id, packs),
+    whose indexes lie in this order with at most `gap` bytes between them."""
     span: list[PackRef] = []
-    for ref in sorted(manifest.packs, key=lambda ref: (ref.bundle, ref.offset)):
+    for ref in sorted(packs, key=lambda ref: (ref.bundle, ref.offset)):
         if not ref.bundle:
             continue
         last = span[-1] if span else ref
         if ref.bundle != last.bundle or ref.offset - last.offset - last.index_bytes > gap:
-            yield manifest.bundles[last.bundle - 1].bundle, span
+            yield bundles[last.bundle - 1].bundle, span
             span = []
         span.append(ref)
     if span:
-        yield manifest.bundles[span[-1].bundle - 1].bundle, span
+        yield bundles[span[-1].bundle - 1].bundle, span

@@ -6,7 +6,7 @@ what is in the objects: a reader passes `accept`, which raises a DedupError when
 wrong, and the next mirror is asked. Every wait is bounded. Nothing is opened before it is needed,
 so an `Objects` that was not used may cross a fork. Thread-safe.
 
-URLs: s3://BUCKET/PREFIX, gs://, az://ACCOUNT/CONTAINER/PREFIX, http:// and https:// (to read),
+URLs: s3://BUCKET/PREFIX, gs://, az://CONTAINER/PREFIX, http:// and https:// (to read),
 file:///DIRECTORY or an absolute path.
 """
 
@@ -102,6 +102,7 @@ class Objects:
 
     def __init__(self, urls: Sequence[str]) -> None:
         """`urls` as `check_url` gave them, the first being the one that is written to."""
+        self.urls = tuple(urls)
         self._mirrors = [_Mirror(url, without_credentials(url)) for url in urls]
         self._opening = threading.Lock()
 
@@ -198,6 +199,15 @@ class Objects:
         except RemoteNotFoundError:
             return None
 
+    def read_beginning(self, path: str, length: int) -> bytes:
+        """The first `length` bytes of an object as it is now, fewer where it is shorter; none where
+        there is none."""
+        first = self._mirrors[:1]
+        try:
+            return self._ask(first, path, lambda backend: backend.read(path, 0, length))
+        except RemoteNotFoundError:
+            return b""
+
     def list(self, prefix: str) -> list[Found]:
         """The objects whose paths begin with `prefix`, which ends in a slash, in order."""
 
@@ -207,6 +217,12 @@ class Objects:
             return sorted(backend.list(prefix), key=lambda found: found.path)
 
         return self._do(prefix, collect)
+
+    def prepare_reading(self) -> None:
+        """Load the clients; nothing is asked. What is wrong with a URL shows when it is."""
+        for mirror in self._mirrors:
+            with suppress(OSError):
+                self._backend(mirror)
 
     def prepare(self) -> bool:
         """Make a directory that is not there yet; False for what can only be read."""

@@ -228,6 +228,12 @@ def decode_bundled(data: fmt.Buffer, entry: Bundled) -> PackIndex:
     return decode_index(index, entry.pack, entry.pack_bytes)
 
 
+def decode_indexes(data: fmt.Buffer) -> dict[bytes, PackIndex]:
+    """All indexes in a bundle, by pack: of one whose bytes are known to be right."""
+    entries = decode_bundle(data, blake3(data).digest()) if data else ()
+    return {entry.pack: decode_bundled(data, entry) for entry in entries}
+
+
 def check_lengths(pack_bytes: int, index_bytes: int, what: str) -> None:
     """Raise RemoteDamagedError unless a pack may have these lengths."""
     most = min(pack_bytes - TRAILER_BYTES, INDEX_BYTES_MAX)

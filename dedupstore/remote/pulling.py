@@ -1,16 +1,15 @@
 """Bringing images here: manifest and slot tables at once, contents now or when they are read.
 
-Owns how a remote's manifest becomes one of this store. Chunks that are here, or are known to be
-elsewhere already, are used as they are; frames that have others get a number, with their bytes left
-in the remote. Nothing of an image is published before its digest is computed from what was pulled.
+Owns the order of a pull: `adopting` makes a manifest of this store, which then gets a name. Nothing
+of an image is published before its digest is computed from what was pulled.
 Runs on the calling thread; any number may run at once.
 """
 
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,22 +18,23 @@ import lmdb
 
 from dedupstore import catalog, format as fmt, quarantine
 from dedupstore.env import Environment
-from dedupstore.errors import ImageExistsError, RemoteDamagedError, StoreDamagedError
-from dedupstore.frames import FrameWriter, find_chunk, read_head
+from dedupstore.errors import ImageExistsError, StoreDamagedError
+from dedupstore.frames import read_head
 from dedupstore.leases import Leases, image_byte
 from dedupstore.outline import is_whole
-from dedupstore.places import Place, PlaceRecord, find_distant, this_hour
+from dedupstore.remote.adopting import Adoption, tables_of, verify
+from dedupstore.remote.ahead import Ahead
 from dedupstore.remote.fetching import Fetcher
-from dedupstore.remote.layout import Root
-from dedupstore.remote.manifests import RemoteManifest, frames_of, image_digest
-from dedupstore.remote.packs import PackIndex
 from dedupstore.remote.remote import Remote
+from dedupstore.remote.roots import Root, unpack_trace
+from dedupstore.traces import Trace
 
 Progress = Callable[[int, int], None]
 """Gets (bytes done since the last call, bytes in all)."""
 
-Also = Callable[[lmdb.Transaction, bytes], None]
-"""(transaction, image digest): writes what belongs to the image, where its name is written."""
+Also = Callable[[lmdb.Transaction, bytes, Trace | None], None]
+"""(transaction, image digest, trace that it was pushed with): writes what belongs to the image,
+where its name is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +61,33 @@ class Puller:
 
     def pull(
         self,
-        source: str,
+        asked: Future[Root],
         name: str,
         on_progress: Progress,
         *,
         lazy: bool,
         replace: bool = False,
-        also: Also = lambda _txn, _digest: None,
+        begin: bool = False,
+        trace: Trace | None = None,
+        also: Also = lambda _txn, _digest, _trace: None,
     ) -> Pulled:
-        """Have the remote's image `source` here as `name`; unless `lazy`, with all its contents.
-        `also` is committed with the name.
+        """Have the image that the remote was `asked` for here as `name`; unless `lazy`, with all
+        its contents. With `begin` what is needed first begins to come, until `close`: the first
+        block, and what is in a trace, `trace` or the image's own. `also` is committed with the
+        name.
 
         Raises RemoteError, ImageExistsError for a name that stands for something else, unless it is
         to be replaced; and as the store. What was fetched by then is used by the next pull.
         """
         self._env.open_remote()
-        root = self._remote.root(source)
+        root = asked.result()
         self._require_free(name, root.digest, replace=replace)
         before = self._fetcher.counters.bytes
         with self._leased(root.digest):
             manifest = self._known_manifest(root.digest)
             numbered: dict[int, int] = {}
             if manifest is None:
-                manifest, numbered = self._adopt(root)
+                manifest, numbered = self._adopt(root, begin=begin, trace=trace)
             missing = missing_frames(self._env, manifest, numbered)
             if not lazy and missing:
                 self._bring(missing, on_progress)
@@ -139,24 +143,40 @@ class Puller:
                 return None
             return manifest if whole else None
 
-    def _adopt(self, root: Root) -> tuple[fmt.ManifestRecord, dict[int, int]]:
+    def _adopt(
+        self, root: Root, *, begin: bool, trace: Trace | None
+    ) -> tuple[fmt.ManifestRecord, dict[int, int]]:
         """Store the manifest of an image and the frames that are not known here; return it, and
         these frames' numbers and bytes."""
         remote_manifest = self._remote.manifest(root)
-        indexes = self._remote.indexes(remote_manifest)
-        tables = _tables(remote_manifest, indexes)
-        _verify(root, remote_manifest, tables)
-        with self._env.write() as txn:
-            adoption = _Adoption(txn, self._env, self._remote.number, remote_manifest, tables)
-            manifest = adoption.run()
-            txn.put(root.digest, fmt.encode_manifest(manifest, root.digest), db=self._env.manifests)
+        indexes = self._remote.indexes(remote_manifest, root.parts)
+        tables = tables_of(remote_manifest, indexes)
+        ahead: Ahead | None = None
+        try:
+            with self._env.write() as txn:
+                adoption = Adoption(txn, self._env, self._remote.number, remote_manifest, tables)
+                adoption.place()
+                if begin:
+                    wanted = adoption.first(_trace(root, trace))
+                    ahead = Ahead(self._fetcher, self._remote, wanted)
+                verify(root, remote_manifest, tables)
+                manifest = adoption.store()
+                record = fmt.encode_manifest(manifest, root.digest)
+                txn.put(root.digest, record, db=self._env.manifests)
+        except BaseException:
+            if ahead is not None:
+                ahead.abandon()
+            raise
+        if ahead is not None:
+            ahead.number(adoption.frames)
         quarantine.redirect_all(self._env)
         return manifest, adoption.numbered
 
     def _publish(self, name: str, root: Root, also: Also, *, replace: bool) -> None:
         key = catalog.encode_name(name)
+        trace = _trace(root, None)
         with self._env.write() as txn:
-            also(txn, root.digest)
+            also(txn, root.digest, trace)
             record = txn.get(key, db=self._env.images)
             if record is not None:
                 if fmt.decode_image(record, key).digest == root.digest:
@@ -166,6 +186,13 @@ class Puller:
                 txn.delete(key, db=self._env.images)
             image = fmt.ImageRecord(root.digest, root.size, time.time_ns(), root.kind)
             catalog.add_image(txn, self._env, name, image)
+
+
+def _trace(root: Root, given: Trace | None) -> Trace | None:
+    """The trace that is given, or else that the image was pushed with."""
+    if given is not None or root.parts is None:
+        return given
+    return unpack_trace(root.parts.trace)
 
 
 def missing_frames(
@@ -190,122 +217,3 @@ def distant_bytes(env: Environment, frames: Iterable[int]) -> dict[int, int]:
                 slots = fmt.decode_frame_header(head[0], frame).slots
                 found[frame] = sum(slot.length for slot in slots)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A frame of a remote manifest: its place, and its slots."""
-
-    pack: bytes
-    offset: int
-    length: int
-    slots: tuple[fmt.Slot, ...]
-
-
-def _tables(manifest: RemoteManifest, indexes: Mapping[bytes, PackIndex]) -> list[_Table]:
-    """The frames that a manifest lists. Raises RemoteDamagedError."""
-    return [
-        _Table(pack, frame.offset, frame.length, frame.header.slots)
-        for pack, frame in frames_of(manifest, indexes)
-    ]
-
-
-def _verify(root: Root, manifest: RemoteManifest, tables: Sequence[_Table]) -> None:
-    """Raise RemoteDamagedError unless the manifest is that of the image."""
-    digest = image_digest(manifest, [table.slots for table in tables])
-    if manifest.size != root.size or digest != root.digest:
-        raise RemoteDamagedError(
-            f"image {root.name!r}: its manifest does not have the image's digest"
-        )
-
-
-class _Adoption:
-    """A remote's manifest turned into one of this store, inside one write transaction."""
-
-    def __init__(
-        self,
-        txn: lmdb.Transaction,
-        env: Environment,
-        remote: int,
-        manifest: RemoteManifest,
-        tables: Sequence[_Table],
-    ) -> None:
-        self._txn = txn
-        self._env = env
-        self._remote = remote
-        self._manifest = manifest
-        self._tables = tables
-        self._databases = env.ensure_remote(txn)
-        self.numbered: dict[int, int] = {}
-        """The new frames by number, and the bytes of their chunks."""
-
-    def run(self) -> fmt.ManifestRecord:
-        """Store the frames that have something new; return the manifest, not stored."""
-        writer = FrameWriter(self._txn, self._env)
-        needed = self._needed()
-        refs = [
-            self._place(writer, table, needed[number]) for number, table in enumerate(self._tables)
-        ]
-        writer.close()
-        source = self._manifest
-        lengths, places, counts = array("Q"), array("Q"), array("I")
-        for length, ref, count in zip(source.lengths, source.refs, source.counts, strict=True):
-            if ref == fmt.REF_HOLE:
-                _append(lengths, places, counts, length, 0, 0)
-                continue
-            number, first = (ref >> fmt.REF_SLOT_BITS) - 1, ref & fmt.REF_SLOT_MASK
-            slots = self._tables[number].slots
-            for slot in range(first, first + count):
-                _append(lengths, places, counts, slots[slot].length, refs[number][slot], 1)
-        return fmt.ManifestRecord(
-            source.size,
-            source.chunks,
-            source.unique_bytes,
-            source.zero_bytes,
-            lengths,
-            places,
-            counts,
-        )
-
-    def _needed(self) -> list[int]:
-        """A bit mask for each frame: the slots that the image needs."""
-        needed = [0] * len(self._tables)
-        for ref, count in zip(self._manifest.refs, self._manifest.counts, strict=True):
-            if ref:
-                mask = ((1 << count) - 1) << (ref & fmt.REF_SLOT_MASK)
-                needed[(ref >> fmt.REF_SLOT_BITS) - 1] |= mask
-        return needed
-
-    def _place(self, writer: FrameWriter, table: _Table, needed: int) -> list[int]:
-        """References of a frame's chunks here. If the image needs one that is not known, the frame
-        gets a number, for all that are not: what comes with it is then not fetched again."""
-        found = [self._find(slot.digest) for slot in table.slots]
-        if not any(needed >> at & 1 and not ref for at, ref in enumerate(found)):
-            return [ref or 0 for ref in found]
-        slots = [
-            fmt.DROPPED if ref else fmt.Slot(slot.digest, slot.length, fmt.SLOT_DISTANT)
-            for slot, ref in zip(table.slots, found, strict=True)
-        ]
-        place = Place(self._remote, table.pack, table.offset, table.length)
-        where = PlaceRecord((place,), this_hour())
-        frame = writer.store_distant(slots, where)
-        self.numbered[frame] = sum(slot.length for slot in slots)
-        return [ref or fmt.make_ref(frame, at) for at, ref in enumerate(found)]
-
-    def _find(self, digest: bytes) -> int | None:
-        here = find_chunk(self._txn, self._env, digest)
-        return here or find_distant(self._txn, self._databases, digest)
-
-
-def _append(
-    lengths: array[int], refs: array[int], counts: array[int], length: int, ref: int, count: int
-) -> None:
-    """Append a run, to the last one if it goes on there."""
-    follows = counts and (counts[-1] and count and refs[-1] + counts[-1] == ref)
-    if follows or (counts and not counts[-1] and not count):
-        lengths[-1] += length
-        counts[-1] += count
-    else:
-        lengths.append(length)
-        refs.append(ref)
-        counts.append(count)

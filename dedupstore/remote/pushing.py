@@ -1,7 +1,7 @@
 """Sending an image to a remote: what the remote has is not sent (docs/remote-format.md, "Push").
 
 Owns the order of the push's writes: packs, then a look at what was condemned meanwhile, then a
-bundle of the packs' indexes, then the manifest, then the root document, on a condition. `sending`
+bundle of the packs' indexes, then the root document with the manifest, on a condition. `sending`
 makes and writes the packs, `contents` finds what is there. Any number of pushes, in any number of
 processes and hosts, may run beside each other and beside gc. One `Push` belongs to one thread.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,19 @@ from dedupstore.errors import (
 )
 from dedupstore.frames import Fetches, read_frame
 from dedupstore.leases import Leases, image_byte
-from dedupstore.remote import layout, manifests
+from dedupstore.remote import manifests, roots
 from dedupstore.remote.configuration import find_to_change
 from dedupstore.remote.contents import ChunkPlace, Contents
 from dedupstore.remote.indexcache import IndexCache
 from dedupstore.remote.packs import PackIndex
 from dedupstore.remote.remote import Remote, new_salt
 from dedupstore.remote.sending import Sender, needed_frames, same_chunks
-from dedupstore.traces import Trace
+from dedupstore.traces import Trace, make_trace
 
+# A root document has the indexes of older packs as well where they are no more than this part of
+# what was sent, or so many bytes.
+_CARRIED_PARTS = 64
+_CARRIED_BYTES = 64 << 10
 # How often packs may vanish under a push before it gives up: each time a gc with a grace period
 # shorter than the push must have run.
 _ROUNDS_MAX = 5
@@ -144,13 +148,10 @@ def push_image(
                 f"remote {shown(remote.name)} has another image named {shown(name)} (push with "
                 "--replace)"
             )
-        push = Push(env, remote, cache, image, load, on_progress)
-        if root is not None and root.digest == image.digest:
+        push = Push(env, remote, cache, image, load, on_progress, trace)
+        if root is not None and push.is_done(root):
             return push.nothing(name)
-        manifest = push.send(() if trace is None else trace.digests)
-        root = layout.Root(
-            name, image.digest, image.size, image.kind, time.time(), *push.write_manifest(manifest)
-        )
+        root = push.make_root(name)
         try:
             remote.put_root(root, version)
         except RemoteConflictError:
@@ -161,7 +162,7 @@ def push_image(
                     f"{shown(name)}; nothing was changed (push again)"
                 ) from None
         push.tell(on_sent)
-        return push.result(name, len(layout.encode_root(root)))
+        return push.result(name, len(roots.encode_root(root)))
     finally:
         leases.release(image_byte(image.digest))
 
@@ -205,24 +206,32 @@ class Push:
         image: fmt.ImageRecord,
         load: Callable[[int], bytes],
         on_progress: Callable[[int, int], None],
+        trace: Trace | None,
     ) -> None:
         self._remote = remote
-        self._digest = image.digest
+        self._image = image
         with env.read() as txn:
             self._manifest = catalog.read_manifest(txn, env, image.digest)
             self._frames = needed_frames(txn, env, self._manifest)
         self._contents = Contents(remote, cache)
         self._sender = Sender(remote, load, on_progress)
-        self._document_bytes = 0
+        chunks = {slot.digest for local in self._frames.values() for slot in local.needed()}
+        self._trace = None if trace is None else _restricted(trace, chunks)
 
-    def send(self, first: Sequence[bytes]) -> manifests.RemoteManifest:
-        """Have every chunk in a pack that stays, of those that are sent `first` first, digests;
-        return the image's manifest."""
+    def is_done(self, root: roots.Root) -> bool:
+        """Whether this root document is what the push would make, time and places aside."""
+        if root.digest != self._image.digest or not self._remote.is_whole(root):
+            return False
+        trace = self._packed_trace()
+        return not trace or (root.parts is not None and root.parts.trace == trace)
+
+    def _send(self, first: Sequence[bytes]) -> None:
+        """Have every chunk in a pack that stays, of those that are sent the `first` first."""
         for attempt in range(_ROUNDS_MAX):
             self._contents.look()
             missing = self._missing()
             if attempt and not missing:
-                return self._make_manifest(first)
+                return
             self._contents.find(missing)
             for index in self._sender.send(self._frames, frozenset(missing), first):
                 self._contents.note(index, missing)
@@ -285,19 +294,34 @@ class Push:
             refs,
             counts,
         )
-        if manifests.image_digest(manifest, listing.slots) != self._digest:
+        digest = self._image.digest
+        if manifests.image_digest(manifest, listing.slots) != digest:
             raise StoreDamagedError(
-                f"image {self._digest.hex()[:16]} does not have its digest (run 'dedupstore check')"
+                f"image {digest.hex()[:16]} does not have its digest (run 'dedupstore check')"
             )
         return manifest
 
-    def write_manifest(self, manifest: manifests.RemoteManifest) -> tuple[bytes, int]:
-        """Write the manifest; return its id and length."""
+    def make_root(self, name: str) -> roots.Root:
+        """Write all that the image needs but for its root document, which is returned."""
+        first = () if self._trace is None else self._trace.digests
+        self._send(first)
+        manifest = self._make_manifest(first)
         data = manifests.encode_manifest(manifest, new_salt())
-        digest = blake3(data).digest()
-        self._remote.objects.put(layout.manifest_path(digest), data)
-        self._document_bytes = len(data)
-        return digest, len(data)
+        carried_bytes_max = max(self._sender.sent_bytes // _CARRIED_PARTS, _CARRIED_BYTES)
+        indexes = self._contents.carried((ref.pack for ref in manifest.packs), carried_bytes_max)
+        return roots.Root(
+            name,
+            self._image.digest,
+            self._image.size,
+            self._image.kind,
+            time.time(),
+            blake3(data).digest(),
+            len(data),
+            roots.Parts(data, self._packed_trace(), indexes),
+        )
+
+    def _packed_trace(self) -> bytes:
+        return roots.pack_trace(self._trace) if self._trace and self._trace.digests else b""
 
     # --- what it did ---
 
@@ -315,21 +339,27 @@ class Push:
     def nothing(self, name: str) -> Pushed:
         """The result when the remote has the image."""
         local = self._manifest
-        return Pushed(name, self._digest.hex(), local.size, local.chunks, 0, 0, 0, 0)
+        return Pushed(name, self._image.digest.hex(), local.size, local.chunks, 0, 0, 0, 0)
 
     def result(self, name: str, root_bytes: int) -> Pushed:
         """The result of a push that sent something."""
         sender, local = self._sender, self._manifest
         return Pushed(
             name,
-            self._digest.hex(),
+            self._image.digest.hex(),
             local.size,
             local.chunks,
             sender.chunks,
             sender.raw_bytes,
-            sender.sent_bytes + self._contents.sent_bytes + self._document_bytes + root_bytes,
+            sender.sent_bytes + self._contents.sent_bytes + root_bytes,
             sender.packs,
         )
+
+
+def _restricted(trace: Trace, digests: Collection[bytes]) -> Trace:
+    """What a trace has of these chunks."""
+    chunks = zip(trace.digests, trace.lengths, strict=True)
+    return make_trace(trace.image, (chunk for chunk in chunks if chunk[0] in digests))
 
 
 class _Listing:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
 from blake3 import blake3
@@ -40,8 +41,19 @@ from dedupstore.remote.packs import (
     PackIndex,
     decode_bundle,
     decode_index,
+    decode_indexes,
     decode_trailer,
 )
+from dedupstore.remote.roots import (
+    LINE_BYTES_MAX,
+    ROOT_BYTES_MAX,
+    Parts,
+    Root,
+    decode_beginning,
+    decode_root,
+    encode_root,
+)
+from dedupstore.remote.workers import Workers
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -106,18 +118,31 @@ class Remote:
 
     # --- images ---
 
-    def roots(self) -> list[layout.Root]:
-        """The root documents of all images as they are now, in the order of their names."""
-        found = [one.path for one in self.objects.list(layout.IMAGES) if one.size]
-        roots = (root for root, _ in in_parallel(self._root_now, found) if root is not None)
-        return sorted(roots, key=lambda root: root.name.encode())
+    def roots(self) -> list[Root]:
+        """The first lines of all images' root documents as they are now, in the order of their
+        names."""
+        found = (root for root in in_parallel(self.beginning, self.root_paths()) if root)
+        return sorted(found, key=lambda root: root.name.encode())
 
-    def root(self, name: str) -> layout.Root:
+    def root_paths(self) -> list[str]:
+        """Where the root documents of all images are now."""
+        return [one.path for one in self.objects.list(layout.IMAGES) if one.size]
+
+    def beginning(self, path: str) -> Root | None:
+        """The first line of a root document as it is now; None: there is no image."""
+        with self._of_root():
+            return decode_beginning(self.objects.read_beginning(path, LINE_BYTES_MAX), path)
+
+    def root(self, name: str) -> Root:
         """The root document of an image, from any mirror. Raises RemoteNotFoundError."""
         root = self._root(layout.image_path(name))
         if root is None:
             raise self.no_image(name)
         return root
+
+    def ask_root(self, name: str) -> Future[Root]:
+        """As `root`, while the caller does something else."""
+        return Workers(1).submit(partial(self.root, name))
 
     def no_image(self, name: str) -> RemoteNotFoundError:
         """What to raise for an image that is not there."""
@@ -126,35 +151,44 @@ class Remote:
             "(see 'dedupstore remote images')"
         )
 
-    def _root(self, path: str) -> layout.Root | None:
+    def _root(self, path: str) -> Root | None:
+        decoded: list[Root | None] = []
+
+        def accept(data: bytes) -> None:
+            decoded[:] = [decode_root(data, path)]
+
         try:
-            data = self.objects.read(
-                path, layout.DOCUMENT_BYTES_MAX, lambda data: layout.decode_root(data, path)
-            )
+            self.objects.read(path, ROOT_BYTES_MAX, accept)
         except RemoteNotFoundError:
             return None
-        return layout.decode_root(data, path)
+        return decoded[0]
 
-    def root_version(self, name: str) -> tuple[layout.Root | None, Version | None]:
+    def root_version(self, name: str) -> tuple[Root | None, Version | None]:
         """What a name stands for now, None: nothing; and the version of its document, None: there
-        is none."""
-        return self._root_now(layout.image_path(name))
-
-    def _root_now(self, path: str) -> tuple[layout.Root | None, Version | None]:
-        found = self.objects.read_version(path, layout.DOCUMENT_BYTES_MAX)
+        is none. Without parts, where only the first line is sound."""
+        path = layout.image_path(name)
+        found = self.objects.read_version(path, ROOT_BYTES_MAX)
         if found is None:
             return None, None
+        data, version = found
+        with suppress(RemoteDamagedError):
+            return decode_root(data, path), version
+        with self._of_root():
+            return decode_beginning(data, path), version
+
+    @contextmanager
+    def _of_root(self) -> Iterator[None]:
         try:
-            return layout.decode_root(found[0], path), found[1]
+            yield
         except RemoteDamagedError as error:
             raise RemoteDamagedError(
                 f"{self.objects.where}: {error} ('remote delete' takes it away)"
             ) from None
 
-    def put_root(self, root: layout.Root, version: Version | None) -> None:
+    def put_root(self, root: Root, version: Version | None) -> None:
         """Give an image its name, in the place of this version (None: of nothing). Raises
         RemoteConflictError: somebody else was first."""
-        path, data = layout.image_path(root.name), layout.encode_root(root)
+        path, data = layout.image_path(root.name), encode_root(root)
         if version is None:
             self.objects.create(path, data)
         else:
@@ -164,23 +198,37 @@ class Remote:
         """Take a name away, whatever state its document is in. Raises RemoteNotFoundError,
         RemoteConflictError."""
         path = layout.image_path(name)
-        found = self.objects.read_version(path, layout.DOCUMENT_BYTES_MAX)
+        found = self.objects.read_version(path, ROOT_BYTES_MAX)
         if found is None or not found[0]:
             raise self.no_image(name)
         self.objects.delete_version(path, found[1])
 
-    def manifest(self, root: layout.Root) -> RemoteManifest:
+    def is_whole(self, root: Root) -> bool:
+        """Whether what belongs to a root document that was read whole is sound. Raises
+        RemoteError."""
+        if root.manifest_at and root.parts is None:
+            return False
+        try:
+            self.manifest(root)
+        except (RemoteNotFoundError, RemoteDamagedError):
+            return False
+        return True
+
+    def manifest(self, root: Root) -> RemoteManifest:
         """The manifest of an image; it has its id."""
-        path = layout.manifest_path(root.manifest)
-        if root.manifest_bytes > layout.MANIFEST_BYTES_MAX:
-            raise RemoteDamagedError(f"{path}: claims {root.manifest_bytes} bytes")
+        if root.parts is not None:
+            return decode_manifest(root.parts.manifest, root.manifest)
+        decoded: list[RemoteManifest] = []
 
         def accept(data: bytes) -> None:
-            if blake3(data).digest() != root.manifest:
-                raise RemoteDamagedError(f"{path}: does not have its digest")
+            decoded[:] = [decode_manifest(data, root.manifest)]
 
-        data = self.objects.read(path, root.manifest_bytes, accept)
-        return decode_manifest(data, root.manifest)
+        if root.manifest_at:
+            path = layout.image_path(root.name)
+            self.objects.read_range(path, root.manifest_at, root.manifest_bytes, accept)
+        else:
+            self.objects.read(layout.manifest_path(root.manifest), root.manifest_bytes, accept)
+        return decoded[0]
 
     # --- packs ---
 
@@ -212,13 +260,21 @@ class Remote:
             if paths is not None  # deleted since
         }
 
-    def indexes(self, manifest: RemoteManifest) -> dict[bytes, PackIndex]:
-        """The indexes of an image's packs, by id; those that lie together in a bundle come
-        together. A bundle only spares requests: what it does not give is read from the packs."""
+    def indexes(
+        self, manifest: RemoteManifest, parts: Parts | None = None
+    ) -> dict[bytes, PackIndex]:
+        """The indexes of an image's packs, by id: those that are among the root document's `parts`,
+        and the others, of which those that lie together in a bundle come together. A bundle only
+        spares requests: what it does not give is read from the packs."""
+        found = {} if parts is None else decode_indexes(parts.indexes)
+        needed = [ref for ref in manifest.packs if ref.pack not in found]
+        if not needed:
+            return found
         spans = in_parallel(
-            lambda span: self._bundled(*span), index_spans(manifest, _INDEX_GAP_BYTES)
+            lambda span: self._bundled(*span),
+            index_spans(needed, manifest.bundles, _INDEX_GAP_BYTES),
         )
-        found = {index.pack: index for span in spans for index in span}
+        found |= {index.pack: index for span in spans for index in span}
         others = [ref for ref in manifest.packs if ref.pack not in found]
         return found | {index.pack: index for index in in_parallel(self.index, others)}
 

@@ -1,7 +1,8 @@
 """Which frames a push sends, and the packs that it writes.
 
-Owns the choice: a local frame whose chunks the image all needs, and the remote all lacks, goes as
-it is, its record only sealed anew; of others the chunks that are lacking are packed anew. Chunks of
+Owns the choice: a local frame whose chunks the image all needs, and the remote all lacks, goes with
+the same slots; of others the chunks that are lacking are packed anew. Either is compressed anew,
+harder than imports do: it is sent once, and fetched by many. Chunks of
 a trace come first, in its order, in frames of their own: a host that starts by them asks for little
 else. Packs are written in the image's order, several at a time; what is in memory is bounded by
 that. One `Sender` belongs to one thread.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
@@ -19,7 +20,7 @@ from operator import itemgetter
 import lmdb
 
 from dedupstore import format as fmt
-from dedupstore.constants import FRAME_SLOTS_MAX, MIB
+from dedupstore.constants import FRAME_SLOTS_MAX, MIB, PUSH_ZSTD_LEVEL
 from dedupstore.env import Environment
 from dedupstore.errors import ChunkDamagedError
 from dedupstore.frames import Codecs, FrameBuilder, encode_new, read_head
@@ -29,7 +30,7 @@ from dedupstore.remote.remote import Remote, new_salt
 # A pack is closed when it has this many bytes. Large enough that a request's cost is noise, small
 # enough that a push that is killed has little to send again.
 PACK_BYTES = 8 * MIB
-# Packs written, and frames loaded, at a time.
+# Packs written, and frames loaded or compressed, at a time.
 _UPLOADS = 4
 _FRAMES_AHEAD = 16
 
@@ -86,12 +87,21 @@ def _local(txn: lmdb.Transaction, env: Environment, frame: int, read: set[int]) 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A local frame to send: its number, and the slots that go, None: it goes as it is."""
+    """A local frame to send: its number, and the slots that go, None: all of them, as a frame."""
 
     frame: int
     local: Local
     slots: tuple[int, ...] | None
     raw_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What goes of a local frame: its chunks, digests and bytes. `whole`: as a frame of their own,
+    in the same slots."""
+
+    whole: bool
+    chunks: list[tuple[bytes, memoryview]]
 
 
 class Sender:
@@ -106,7 +116,7 @@ class Sender:
         self._remote = remote
         self._load = load
         self._on_progress = on_progress
-        self._codecs = Codecs()
+        self._codecs = Codecs(PUSH_ZSTD_LEVEL)
         self.chunks = self.raw_bytes = self.sent_bytes = self.packs = 0
 
     def send(
@@ -153,49 +163,62 @@ class Sender:
 
     def _records(self, tasks: list[_Task]) -> Generator[bytearray, None, None]:
         """The records of the frames to send, sealed."""
-        builder = FrameBuilder(FRAME_SLOTS_MAX)
-        for task, record in self._loaded(tasks):
-            view = memoryview(record)
-            slots = task.slots
-            if slots is None:
-                header = fmt.decode_frame_header(view, task.frame)
-                if same_chunks(header.slots, task.local.slots):
-                    fmt.seal_frame(record, packs.FRAME_SEED)
-                    yield record
-                    continue
-                slots = tuple(range(len(task.local.slots)))
-            raw = memoryview(self._codecs.decode(view, task.frame))
-            offsets = fmt.decode_frame_offsets(view, task.frame)
-            for slot in slots:
-                entry = task.local.slots[slot]
-                data = raw[offsets[slot] : offsets[slot] + entry.length]
-                if len(data) != entry.length:
-                    raise ChunkDamagedError(task.frame, "its bytes are not in the store", slot)
-                if not builder.fits(entry.length):
-                    yield self._built(builder)
-                builder.add(entry.digest, data)
-        if builder:
-            yield self._built(builder)
-
-    def _built(self, builder: FrameBuilder) -> bytearray:
-        record = encode_new(self._codecs, *builder.take()).record
-        fmt.seal_frame(record, packs.FRAME_SEED)
-        return record
-
-    def _loaded(self, tasks: list[_Task]) -> Iterator[tuple[_Task, bytearray]]:
-        """The records of local frames, some of which are loaded ahead."""
-        pool = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="load")
-        ahead: deque[tuple[_Task, Future[bytes]]] = deque()
+        pool = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="pack")
+        ahead: deque[Future[bytearray]] = deque()
         try:
-            for task in tasks:
-                ahead.append((task, pool.submit(self._load, task.frame)))
+            for future in self._packed(pool, tasks):
+                ahead.append(future)
                 if len(ahead) >= _FRAMES_AHEAD:
-                    first, future = ahead.popleft()
-                    yield first, bytearray(future.result())
-            for first, future in ahead:
-                yield first, bytearray(future.result())
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _packed(self, pool: Executor, tasks: list[_Task]) -> Iterator[Future[bytearray]]:
+        """The records of the frames to send, in the making."""
+        builder = FrameBuilder(FRAME_SLOTS_MAX)
+        for loaded in self._loaded(pool, tasks):
+            if loaded.whole:
+                slots = tuple(fmt.Slot(digest, len(data)) for digest, data in loaded.chunks)
+                yield pool.submit(self._encode, slots, [data for _, data in loaded.chunks])
+                continue
+            for digest, data in loaded.chunks:
+                if not builder.fits(len(data)):
+                    yield pool.submit(self._encode, *builder.take())
+                builder.add(digest, data)
+        if builder:
+            yield pool.submit(self._encode, *builder.take())
+
+    def _loaded(self, pool: Executor, tasks: list[_Task]) -> Iterator[_Loaded]:
+        """What goes of local frames, some of which are loaded ahead."""
+        ahead: deque[Future[_Loaded]] = deque()
+        for task in tasks:
+            ahead.append(pool.submit(self._take, task))
+            if len(ahead) >= _FRAMES_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _take(self, task: _Task) -> _Loaded:
+        view = memoryview(self._load(task.frame))
+        raw = memoryview(self._codecs.decode(view, task.frame))
+        header = fmt.decode_frame_header(view, task.frame)
+        offsets = fmt.decode_frame_offsets(view, task.frame)
+        whole = task.slots is None and same_chunks(header.slots, task.local.slots)
+        chunks = []
+        for slot in range(len(task.local.slots)) if task.slots is None else task.slots:
+            entry = task.local.slots[slot]
+            data = raw[offsets[slot] : offsets[slot] + entry.length]
+            if len(data) != entry.length:
+                raise ChunkDamagedError(task.frame, "its bytes are not in the store", slot)
+            chunks.append((entry.digest, data))
+        return _Loaded(whole, chunks)
+
+    def _encode(self, slots: tuple[fmt.Slot, ...], parts: Sequence[fmt.Buffer]) -> bytearray:
+        record = encode_new(self._codecs, slots, parts).record
+        fmt.seal_frame(record, packs.FRAME_SEED)
+        return record
 
 
 def _plan(

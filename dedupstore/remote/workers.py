@@ -10,6 +10,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class Workers:
@@ -36,6 +40,19 @@ class Workers:
                 self._threads.append(thread)
                 thread.start()
         self._tasks.put(task)
+
+    def submit(self, work: Callable[[], _T]) -> Future[_T]:
+        """As `run`, for what returns something or raises."""
+        result: Future[_T] = Future()
+
+        def task() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.run(task)
+        return result
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -1,5 +1,13 @@
 """Fixtures that the tests of this folder share; see tests/interop/fixtures.py."""
 
-from tests.interop.fixtures import empty_store_dir, filled_store, images, server, store_dir
+from tests.interop.fixtures import (
+    empty_store_dir,
+    far,
+    filled_store,
+    images,
+    server,
+    shop,
+    store_dir,
+)
 
-__all__ = ["empty_store_dir", "filled_store", "images", "server", "store_dir"]
+__all__ = ["empty_store_dir", "far", "filled_store", "images", "server", "shop", "store_dir"]

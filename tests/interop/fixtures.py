@@ -10,6 +10,7 @@ import pytest
 
 from tests.interop.corpus import Images, build_images
 from tests.interop.rig import Servers, StoreDirectory
+from tests.interop.shop import Far, far_remote
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +59,18 @@ def server(store_dir: StoreDirectory) -> Iterator[Servers]:
     servers = Servers(store_dir.path)
     yield servers
     servers.close()
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Iterator[Far]:
+    """A remote with image `base`."""
+    with far_remote(tmp_path_factory.mktemp("shop"), images.base) as made:
+        yield made
+
+
+@pytest.fixture
+def far(shop: Far) -> Iterator[Far]:
+    """The same; what a test does to the link ends with it."""
+    yield shop
+    shop.link.up()
+    shop.link.clear()

@@ -11,18 +11,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dedupstore.mounts import sharing
 from tests.interop.corpus import Images
-from tests.interop.rig import Servers, StoreDirectory, require_nbdkit, wait_until
+from tests.interop.rig import Servers, StoreDirectory, wait_until
+from tests.interop.shop import Far
 from tests.interop.test_mounts import MountRig
-from tests.programs import require_program, require_root
-from tools.ondemand import servers
-from tools.ondemand.link import Link
+from tests.programs import require_root
 
 # Reads the image in pieces; prints what each brought, or the error.
 READ_PIECES = """
@@ -34,37 +32,6 @@ for at in map(int, arguments):
     except nbd.Error as error:
         print(at, int(error.errnum))
 """
-
-
-@dataclass(slots=True)
-class Far:
-    """A remote with image `base`: its files, served by nginx behind a link."""
-
-    folder: Path
-    link: Link
-    url: str
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Iterator[Far]:
-    require_nbdkit()
-    require_program("nginx")
-    directory = tmp_path_factory.mktemp("shop")
-    (directory / "root").mkdir()
-    origin = StoreDirectory(directory / "origin")
-    origin.create()
-    origin.do("import", images.base, "base")
-    origin.do("remote", "add", "far", directory / "root" / "far")
-    origin.do("push", "far", "base")
-    with servers.nginx(directory / "root", directory / "nginx") as web, Link(web.port) as link:
-        yield Far(directory / "root" / "far", link, f"{web.through(link.port).url}/far")
-
-
-@pytest.fixture
-def far(shop: Far) -> Iterator[Far]:
-    yield shop
-    shop.link.up()
-    shop.link.clear()
 
 
 @pytest.fixture
@@ -199,7 +166,8 @@ def test_read_of_a_remote_that_refuses_ends_with_eio_and_one_line_that_says_why(
     # The second read needed no second wait: the remote is known to fail.
     assert server.metrics()["dedup_remote_errors_total"] >= 1
     assert len(server.log()) == 2
-    server.expect_log(rf" error: {far.url}: packs/\w\w/\w+: cannot be reached \(try again later\)$")
+    where = rf"image 'base' offset \d+: {far.url}: packs/\w\w/\w+"
+    server.expect_log(rf" error: {where}: cannot be reached \(try again later\)$")
     far.link.up()
     wait_until(lambda: server.client(READ_PIECES, "base", str(far_end)).strip() != first)
     assert server.read("base") == data

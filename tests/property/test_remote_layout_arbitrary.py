@@ -106,7 +106,7 @@ def test_manifests_of_version_1_keep_all_but_the_bundles(manifest: RemoteManifes
 def test_spans_have_every_bundled_index_once_and_no_gap_above_the_one_allowed(
     manifest: RemoteManifest, gap: int
 ) -> None:
-    spans = list(index_spans(manifest, gap))
+    spans = list(index_spans(manifest.packs, manifest.bundles, gap))
     bundled = [ref for ref in manifest.packs if ref.bundle]
     assert sorted(ref.pack for _, span in spans for ref in span) == sorted(r.pack for r in bundled)
     for bundle, span in spans:

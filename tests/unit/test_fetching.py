@@ -37,6 +37,7 @@ from tests.conftest import (
     silent,
 )
 from tests.lazy import IMAGES, asked, distant_frames, make_remote, pack_files, pull
+from tests.remotes import split_root, write_root
 
 BIG = noise(21, 12 << 20)
 
@@ -471,6 +472,7 @@ def test_mirror_takes_over_what_the_first_has_lost_or_damaged(
         record = fmt.decode_remote(txn.get(key, db=store.env.meta), key)
         both = fmt.RemoteRecord(record.number, record.uuid, (str(url), str(mirror)))
         txn.put(key, fmt.encode_remote(both, key), db=store.env.meta)
+    store.fetcher()._remotes.clear()  # as in a process that learns of the mirror now
     lie(url, 700, 50_000)
     pack_files(url)[-1].unlink()
     for name, data in IMAGES.items():
@@ -527,11 +529,9 @@ def test_pull_without_lazy_brings_everything_once(
 
 def test_pull_of_another_manifest_is_refused(own: tuple[Store, Path], tmp_path: Path) -> None:
     _, url = own
-    base, derived = (url / "images" / name for name in ("base", "derived"))
-    document = json.loads(base.read_text())
-    other = json.loads(derived.read_text())
-    document["manifest"], document["manifest_bytes"] = other["manifest"], other["manifest_bytes"]
-    base.write_text(json.dumps(document))
+    document, _ = split_root(url, "base")
+    other, parts = split_root(url, "derived")
+    write_root(url, "base", {**other, "name": "base", "digest": document["digest"]}, parts)
     with Store.create(tmp_path / "fresh") as fresh:
         add_remote(fresh.env, "far", [str(url)])
         with pytest.raises(RemoteError, match=r"digest|size"):

@@ -4,6 +4,8 @@ whoever then starts from the image asks for little, without a trace of his own."
 from __future__ import annotations
 
 import random
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 from dedupstore import format as fmt
 from dedupstore.check import check_store
 from dedupstore.remote.configuration import add_remote, find_remote
+from dedupstore.remote.fetching import Fetcher
+from dedupstore.remote.grouping import Wanted
 from dedupstore.remote.manifests import frames_of
+from dedupstore.remote.streams import Stream
 from dedupstore.store import Store
 from dedupstore.traces import Trace, make_trace
 from tests.conftest import import_bytes, noise, opened, read_image, read_range
@@ -135,3 +140,55 @@ def test_reading_in_order_goes_on_from_pack_to_pack_in_long_requests(
     _, *others = packs.values()
     assert max(others) <= 8
     assert sum(length for _, _, length in found.packs()) <= 1.01 * len(IMAGE)
+
+
+def test_a_read_of_many_frames_asks_for_all_of_them_at_once_and_for_no_more(
+    origin: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_remote(store.env, "far", [str(folder(origin, "plain"))])
+    pull(store, "a")
+    expect = store.loader().expect
+    with opened(store, "a") as reader, asked(monkeypatch) as found:
+        reader._expect = expect
+        assert read_range(reader, 1 << 20, 2 << 20) == IMAGE[1 << 20 : 3 << 20]
+        assert len(found.packs()) == 1
+        assert found.bytes() <= (2 << 20) + 2 * (256 << 10)
+
+
+def test_who_reads_in_order_is_always_ahead_of_what_he_waits_for(
+    origin: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is clear that he will go on, no request begins because he waits for it."""
+    add_remote(store.env, "far", [str(folder(origin, "plain"))])
+    pull(store, "a")
+    waited: list[int] = []
+    gather = Fetcher._gather
+
+    def noted(self: Fetcher, first: Wanted) -> tuple[Stream, list[Wanted]]:
+        if sys._getframe(1).f_code.co_name == "_lead":
+            waited.append(first.frame)
+        return gather(self, first)
+
+    monkeypatch.setattr(Fetcher, "_gather", noted)
+    with opened(store, "a") as reader, asked(monkeypatch) as found:
+        found.before.append(lambda: time.sleep(0.02))
+        for offset in range(0, len(IMAGE), 1 << 17):
+            if offset == 12 << 20:
+                waited.clear()
+            assert read_range(reader, offset, 1 << 17) == IMAGE[offset : offset + (1 << 17)]
+    assert waited == []
+
+
+def test_who_reads_here_and_there_is_brought_little_that_he_does_not_read(
+    origin: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that start read files of a megabyte or two, one here and one there."""
+    add_remote(store.env, "far", [str(folder(origin, "plain"))])
+    pull(store, "a")
+    read = 0
+    with opened(store, "a") as reader, asked(monkeypatch) as found:
+        for begin in (15 << 20, 3 << 20, 9 << 20):
+            for offset in range(begin, begin + (5 << 19), 1 << 17):
+                assert read_range(reader, offset, 1 << 17) == IMAGE[offset : offset + (1 << 17)]
+                read += 1 << 17
+    assert found.bytes() <= 1.5 * read

@@ -30,6 +30,10 @@ from dedupstore.cli.mounthelper import translate
             ["base", "/mnt", "-o", "nodev,nosuid"],
             ["mount", "--option=nodev", "--option=nosuid", "--", "base", "/mnt"],
         ),
+        (
+            ["base", "/mnt", "-o", "store=/s,pull=far"],
+            ["--store", "/s", "mount", "--pull=far", "--", "base", "/mnt"],
+        ),
         (["base", "/mnt", "-f"], []),
     ],
 )

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 from uuid import UUID
 
 import pytest
 from blake3 import blake3
 
-from dedupstore import format as fmt
 from dedupstore.errors import RemoteDamagedError
 from dedupstore.remote import layout
 
 DIGEST = blake3(b"digest").digest()
-ROOT = layout.Root("lib/a", DIGEST, 4096, fmt.KIND_EROFS, 12.5, blake3(b"m").digest(), 99)
-
 
 # --- names ---
 
@@ -55,16 +51,6 @@ def test_paths_of_packs_bundles_and_manifests() -> None:
 
 
 def test_documents_are_what_the_format_says() -> None:
-    assert json.loads(layout.encode_root(ROOT)) == {
-        "format": 1,
-        "name": "lib/a",
-        "digest": DIGEST.hex(),
-        "size": 4096,
-        "kind": "erofs",
-        "created": 12.5,
-        "manifest": ROOT.manifest.hex(),
-        "manifest_bytes": 99,
-    }
     info = layout.RemoteInfo(UUID(int=7), 5.0)
     assert json.loads(layout.encode_info(info)) == {
         "format": 1,
@@ -72,11 +58,6 @@ def test_documents_are_what_the_format_says() -> None:
         "created": 5.0,
     }
     assert layout.decode_info(layout.encode_info(info)) == info
-    assert layout.decode_root(layout.encode_root(ROOT), "images/lib=2Fa") == ROOT
-
-
-def test_an_empty_root_document_is_a_deleted_image() -> None:
-    assert layout.decode_root(b"", "images/x") is None
 
 
 def test_condemned_documents_name_packs_bundles_and_manifests_only() -> None:
@@ -86,36 +67,6 @@ def test_condemned_documents_name_packs_bundles_and_manifests_only() -> None:
     for path in ("images/a", "../x", "packs/../images/a", "indexes/a", 5, None):
         with pytest.raises(RemoteDamagedError, match="condemns what is no pack"):
             layout.decode_condemned(json.dumps({"format": 1, "objects": [path]}).encode(), "c")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"name": "other"},
-        {"name": ""},
-        {"name": "\ud800"},
-        {"name": 5},
-        {"digest": "ab"},
-        {"digest": DIGEST.hex().upper()},
-        {"manifest": None},
-        {"size": -1},
-        {"size": 1 << 63},
-        {"size": True},
-        {"size": 4096.0},
-        {"kind": "qcow2"},
-        {"created": float("nan")},
-        {"created": 1e300},
-        {"manifest_bytes": 1 << 40},
-        {"format": 2},
-        {"format": "1"},
-    ],
-    ids=str,
-)
-def test_a_root_document_that_cannot_be_is_refused_in_one_line(change: dict[str, Any]) -> None:
-    document = json.loads(layout.encode_root(ROOT)) | change
-    with pytest.raises(RemoteDamagedError) as caught:
-        layout.decode_root(json.dumps(document).encode(), "images/lib=2Fa")
-    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{", b"\xff", b"[" * 100_000, b"1" * 10_000, b"{}"])

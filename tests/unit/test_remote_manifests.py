@@ -166,7 +166,7 @@ def spans(*places: tuple[int, int], gap: int = 10) -> list[tuple[bytes, list[int
     """(bundle, offsets) of the spans of indexes of 100 bytes each at (bundle's number, offset)."""
     bundles = tuple(BundleRef(bytes((number,)) * 32, 1 << 20) for number in (1, 2))
     refs = tuple(PackRef(bytes((i,)) * 32, 5000, 100, *place) for i, place in enumerate(places))
-    found = manifests.index_spans(replace(MANIFEST, bundles=bundles, packs=refs), gap)
+    found = manifests.index_spans(refs, bundles, gap)
     return [(bundle, [ref.offset for ref in span]) for bundle, span in found]
 
 

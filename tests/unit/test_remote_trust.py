@@ -4,7 +4,6 @@ docs/threat-model.md, "A malicious remote"."""
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dedupstore.remote.configuration import add_remote
 from dedupstore.store import Store
 from tests.conftest import import_bytes, noise, opened, read_image, read_range
 from tests.lazy import IMAGES, make_remote, pull, push
+from tests.remotes import split_root, write_root
 
 DATA = noise(80, 1_000_000)
 
@@ -41,8 +41,8 @@ def host(store: Store, far: Path) -> Store:
 
 def pass_off(far: Path, name: str, other: str) -> None:
     """Have a name in the remote stand for what another one does."""
-    document = json.loads((far / "images" / other).read_text())
-    (far / "images" / name).write_text(json.dumps({**document, "name": name}))
+    document, parts = split_root(far, other)
+    write_root(far, name, {**document, "name": name}, parts)
 
 
 def test_remote_is_believed_what_a_name_stands_for_and_the_digest_tells(

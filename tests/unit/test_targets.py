@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dedupstore import views
 from dedupstore.errors import (
     ChunkDamagedError,
     DedupError,
@@ -13,7 +14,6 @@ from dedupstore.errors import (
     StoreAccessError,
     StoreFullError,
 )
-from dedupstore.mounts import targets
 from dedupstore.mounts.state import Export
 from dedupstore.mounts.targets import find_target
 from dedupstore.store import Store
@@ -55,7 +55,7 @@ def test_image_without_a_view_is_mounted_itself(
     def fail(*_: object) -> None:
         raise reason
 
-    monkeypatch.setattr(targets, "ensure_view", fail)
+    monkeypatch.setattr(views, "ensure_view", fail)
     assert find_target(store, image, ("pool", "none")) == find_target(store, image)
     with pytest.raises(type(reason)) as raised:
         find_target(store, image, ("pool",))

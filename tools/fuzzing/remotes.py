@@ -1,5 +1,5 @@
-"""What a remote gives: documents (`remote.layout`), packs and bundles (`remote.packs`), manifests
-(`remote.manifests`) and frames.
+"""What a remote gives: documents (`remote.layout`, `remote.roots`), packs and bundles
+(`remote.packs`), manifests (`remote.manifests`) and frames.
 
 The first byte of an input chooses the decoder. Ids are made to fit, since whoever writes to a
 remote chooses them. Promises: a DedupError of one line; or something that encodes to what decodes
@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from uuid import UUID
 
@@ -23,7 +24,7 @@ from blake3 import blake3
 from dedupstore import format as fmt
 from dedupstore.errors import DedupError
 from dedupstore.frames import Codecs
-from dedupstore.remote import layout, manifests, packs
+from dedupstore.remote import layout, manifests, packs, roots
 from dedupstore.remote.remote import open_frame
 from tools.fuzzing.messages import check_message
 
@@ -47,10 +48,21 @@ def _root(data: bytes) -> None:
     """The first half says where it was found."""
     name, _, document = data.partition(b"\0")
     path = layout.image_path(name.decode(errors="replace"))
-    root = layout.decode_root(document, path)
-    if root is not None:
-        assert layout.decode_root(layout.encode_root(root), path) == root
-        assert len(root.digest) == len(root.manifest) == 32
+    beginning = roots.decode_beginning(document, path)
+    root = roots.decode_root(document, path)
+    if root is None or beginning is None:
+        assert root is beginning
+        return
+    assert replace(root, parts=None) == beginning
+    assert roots.decode_root(roots.encode_root(root), path) == root
+    assert len(root.digest) == len(root.manifest) == 32
+
+
+def _parts(data: bytes) -> None:
+    """What follows the first line, under the digest that it has."""
+    roots.unpack_trace(data)
+    for pack, index in packs.decode_indexes(data).items():
+        assert index.pack == pack == blake3(index.encode()).digest()
 
 
 def _condemned(data: bytes) -> None:
@@ -123,7 +135,7 @@ def _manifest(data: bytes) -> None:
 def _check_spans(manifest: manifests.RemoteManifest) -> None:
     """Each index that is in a bundle is in one span, within its bundle."""
     spanned = []
-    for bundle, span in manifests.index_spans(manifest, 16):
+    for bundle, span in manifests.index_spans(manifest.packs, manifest.bundles, 16):
         number = span[0].bundle
         assert manifest.bundles[number - 1].bundle == bundle
         for ref in span:
@@ -200,6 +212,7 @@ _DECODERS: tuple[tuple[str, Callable[[bytes], None]], ...] = (
     ("frame", _frame),
     ("names", _names),
     ("bundle", _bundle),
+    ("parts", _parts),
 )
 
 
@@ -237,11 +250,13 @@ def seeds() -> Mapping[str, bytes]:
     encoded = manifests.encode_manifest(manifest, _SALT)
     columns = zstandard.decompress(encoded[_HEADER_BYTES + _BUNDLES_BYTES :])
     digest = blake3(b"image").digest()
-    root = layout.Root("lib/débian:12", digest, 5, fmt.KIND_EROFS, 1.5, digest, 700)
+    parts = roots.Parts(b"manifest", b"trace", bundle.data)
+    root = roots.Root("lib/débian:12", digest, 5, fmt.KIND_EROFS, 1.5, digest, 8, parts)
     head = pack.index.frames[0].head
     found = {
         "info": layout.encode_info(layout.RemoteInfo(UUID(int=5), 3.5)),
-        "root": root.name.encode() + b"\0" + layout.encode_root(root),
+        "root": root.name.encode() + b"\0" + roots.encode_root(root),
+        "parts": bundle.data,
         "condemned": layout.encode_condemned(
             [path(digest) for path in (layout.pack_path, layout.bundle_path, layout.manifest_path)]
         ),
