@@ -1,6 +1,6 @@
 """Using an image whose bytes are behind a link: ours, desync's and casync's ways, each observed.
 
-    ours     pull --lazy, and mount or an NBD server; for the first byte, as desync, a file in FUSE
+    ours     mount --pull; for the first byte, and to read it all, a server with pull=
     ours, laid out
              the same, of an image that was pushed with a trace of its interpreter's start
     desync   mount-index with an HTTP store and a local cache; for files a loop mount on that
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from tools.benchmarks import competitors
+from tools.benchmarks.connections import Client
 from tools.benchmarks.mounted import Mounts, read_tree
 from tools.benchmarks.processes import (
     DEDUPSTORE,
@@ -33,7 +35,7 @@ from tools.benchmarks.processes import (
     run,
     serving,
 )
-from tools.benchmarks.remotes import REMOTE, Host, Observed, Site, workplace
+from tools.benchmarks.remotes import REMOTE, Host, Observed, Site, Watch, workplace
 
 _MOUNT_SECONDS_MAX = 30.0
 _HEAD_BYTES = 4096
@@ -100,38 +102,49 @@ class Ours(Lazy):
         self.publisher = self.site.publisher(self.folder)
         self.publisher.do("import", image, IMAGE)
         self.publisher.do("push", REMOTE, IMAGE, *self._layout())
-        self._digest = str(self.publisher.told("info", IMAGE)["digest"])
 
     def _layout(self) -> list[object]:
         """Options of the push."""
         return []
 
     def python(self, *options: object, near: bool = False) -> Observed:
-        """`options` are more of those of the pull; `near`: without the link."""
+        """`options` are more of those of the mount; `near`: without the link."""
         with workplace(self.work) as directory, self.site.fresh(self.folder, near=near) as host:
             watch = self.site.watch()
-            host.pull(IMAGE, "--lazy", *options)
+            with Mounts(host.store) as mounts:
+                pull = ("--pull", REMOTE, *options)
+                mounts.mount(IMAGE, directory / "point", "none", pull)
+                start_python(directory / "point")
+                return watch.stop()
+
+    def python_by_steps(self) -> Observed:
+        """As `python`, by a command for each step."""
+        with workplace(self.work) as directory, self.site.fresh(self.folder) as host:
+            watch = self.site.watch()
+            host.pull(IMAGE, "--lazy")
             with Mounts(host.store) as mounts:
                 mounts.mount(IMAGE, directory / "point", "none")
                 start_python(directory / "point")
                 return watch.stop()
 
     def first_byte(self) -> Observed:
-        with workplace(self.work) as directory, self.site.fresh(self.folder) as host:
+        """From the host's server, which is there."""
+        with self.site.fresh(self.folder) as host, served(host, f"pull={REMOTE}") as server:
+            _greet(server)
             watch = self.site.watch()
-            host.pull(IMAGE, "--lazy")
-            with served(host, f"files={directory}"):
-                file = directory / self._digest
-                wait_for(file.exists)
-                with file.open("rb", buffering=0) as opened:
-                    opened.read(_HEAD_BYTES)
-                    return watch.stop()
+            return _first_block(server, watch)
+
+    def first_byte_of_all(self) -> Observed:
+        """From a server that is started for it."""
+        with self.site.fresh(self.folder) as host:
+            watch = self.site.watch()
+            with served(host, f"pull={REMOTE}") as server:
+                return _first_block(server, watch)
 
     def read_through(self) -> Observed:
         with self.site.fresh(self.folder) as host:
             watch = self.site.watch()
-            host.pull(IMAGE, "--lazy")
-            with served(host) as server:
+            with served(host, f"pull={REMOTE}") as server:
                 run("nbdcopy", "--connections=1", "--requests=4", server.uri(IMAGE), "null:")
                 return watch.stop()
 
@@ -170,19 +183,26 @@ def record_python(host: Host, trace: Path) -> int:
 def served(host: Host, *parameters: object) -> Iterator[Server]:
     """A server of all that a host has."""
     with workplace(Path("/tmp")) as directory:  # the paths of sockets have to be short
-        socket = directory / "socket"
-        command = nbdkit(socket, "python", PLUGIN, f"store={host.store}", *parameters)
-        with serving(socket, *command) as server:
+        path = directory / "socket"
+        command = nbdkit(path, "python", PLUGIN, f"store={host.store}", *parameters)
+        with serving(path, *command) as server:
             yield server
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + _MOUNT_SECONDS_MAX
-    while not what():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.002)
+def _greet(server: Server) -> None:
+    """Wait until a server says something."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(server.socket))
+        probe.recv(1)
+
+
+def _first_block(server: Server, watch: Watch) -> Observed:
+    client = Client(server.socket, IMAGE)
+    try:
+        client.read([0], _HEAD_BYTES)
+        return watch.stop()
+    finally:
+        client.close()
 
 
 class Desync(Lazy):

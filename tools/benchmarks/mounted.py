@@ -20,7 +20,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -65,11 +65,14 @@ class Mounts:
     def __exit__(self, *_error: object) -> None:
         self._ends.close()
 
-    def mount(self, name: str, directory: Path, share: str = "auto") -> None:
-        """Mount an image on `directory`, which is made if need be."""
+    def mount(
+        self, name: str, directory: Path, share: str = "auto", options: Sequence[object] = ()
+    ) -> None:
+        """Mount an image on `directory`, which is made if need be. `options`: more of them."""
         directory.mkdir(exist_ok=True)
         command = [DEDUPSTORE, "--store", self._store]
-        run(*command, "mount", f"--share={share}", name, directory, **self.environment)
+        words = ["mount", f"--share={share}", *options, name, directory]
+        run(*command, *words, **self.environment)
         self._ends.callback(run, *command, "umount", directory, **self.environment)
 
     def metrics(self) -> Path:
