@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +16,9 @@ import pytest
 
 from dedupstore.mounts import sharing
 from tests.interop.corpus import Images
+from tests.interop.mountrig import MountRig, mount_rig
 from tests.interop.rig import Servers, StoreDirectory, wait_until
 from tests.interop.shop import Far
-from tests.interop.test_mounts import MountRig
-from tests.programs import require_root
 
 # Reads the image in pieces; prints what each brought, or the error.
 READ_PIECES = """
@@ -44,13 +42,8 @@ def lazy(far: Far, empty_store_dir: StoreDirectory) -> StoreDirectory:
 
 @pytest.fixture
 def rig(lazy: StoreDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountRig]:
-    require_root()
-    made = MountRig(lazy, Path(tempfile.mkdtemp(prefix="ds-", dir="/tmp")))
-    monkeypatch.setenv("DEDUPSTORE_RUN", str(made.run))
-    try:
+    with mount_rig(lazy, monkeypatch) as made:
         yield made
-    finally:
-        made.clean()
 
 
 @pytest.fixture

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.interop.corpus import Images
+from tests.interop.mountrig import MountRig, mount_rig, processes_with
 from tests.interop.rig import DEDUPSTORE, Servers, StoreDirectory, mounts_below
 from tests.interop.shop import Far
 from tests.interop.test_lazy_mounts import files
-from tests.interop.test_mounts import MountRig, processes_with
-from tests.programs import require_root
 
 READ = "h = connect(); [h.pread(4096, int(at)) for at in arguments]"
 REFUSED = """
@@ -38,13 +36,8 @@ def host(far: Far, empty_store_dir: StoreDirectory) -> StoreDirectory:
 
 @pytest.fixture
 def rig(host: StoreDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[MountRig]:
-    require_root()
-    made = MountRig(host, Path(tempfile.mkdtemp(prefix="ds-", dir="/tmp")))
-    monkeypatch.setenv("DEDUPSTORE_RUN", str(made.run))
-    try:
+    with mount_rig(host, monkeypatch) as made:
         yield made
-    finally:
-        made.clean()
 
 
 @pytest.fixture
