@@ -151,7 +151,7 @@ def push_image(
         push = Push(env, remote, cache, image, load, on_progress, trace)
         if root is not None and push.is_done(root):
             return push.nothing(name)
-        root = push.make_root(name)
+        root = push.make_root(name, root)
         try:
             remote.put_root(root, version)
         except RemoteConflictError:
@@ -301,13 +301,16 @@ class Push:
             )
         return manifest
 
-    def make_root(self, name: str) -> roots.Root:
-        """Write all that the image needs but for its root document, which is returned."""
+    def make_root(self, name: str, before: roots.Root | None) -> roots.Root:
+        """Write all that the image needs but for its root document, which is returned. `before` is
+        the one that it replaces."""
         first = () if self._trace is None else self._trace.digests
         self._send(first)
         manifest = self._make_manifest(first)
         data = manifests.encode_manifest(manifest, new_salt())
         carried_bytes_max = max(self._sender.sent_bytes // _CARRIED_PARTS, _CARRIED_BYTES)
+        if before is not None and before.parts is not None:  # that gets a trace, say
+            carried_bytes_max = max(carried_bytes_max, len(before.parts.indexes))
         indexes = self._contents.carried((ref.pack for ref in manifest.packs), carried_bytes_max)
         return roots.Root(
             name,

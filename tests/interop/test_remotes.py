@@ -32,7 +32,9 @@ from dedupstore.remote.manifests import frames_of
 from dedupstore.remote.objects import Found
 from dedupstore.remote.pushing import stored_record
 from dedupstore.remote.remote import Remote, open_frame
+from dedupstore.remote.roots import unpack_trace
 from dedupstore.store import Store
+from dedupstore.traces import make_trace
 from tests.conftest import GRID, flipped, import_bytes, keys_of, noise, read_image, silent, text
 from tests.interop.objectstores import ObjectServer, azurite, seaweedfs
 from tests.lazy import Asked, asked
@@ -568,6 +570,36 @@ def test_a_small_change_of_a_large_image_leaves_the_indexes_of_that_in_its_bundl
     assert below("indexes/", requests) == [layout.bundle_path(of_base)]
     assert below("packs/", requests) == []
     assert read_image(another, "derived") == DERIVED
+
+
+@in_directory
+@pytest.mark.usefixtures("small_packs")
+def test_an_image_gets_its_trace_later_and_keeps_its_indexes(
+    store: Store, add: Add, remote: Remote, another: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dedupstore.remote.pushing._CARRIED_BYTES", 0)
+    monkeypatch.setattr("dedupstore.remote.pushing._CARRIED_PARTS", 10)
+    add("a", LONG)
+    push(store, "r", "a")
+    trace = make_trace(
+        bytes(32), [(slot.digest, slot.length) for slot in slots_of(remote, "a")[:3]]
+    )
+    pushed = push(store, "r", "a", trace=trace)
+    assert (pushed.packs, pushed.new_bytes) == (0, 0)
+    assert push(store, "r", "a", trace=trace).sent_bytes == 0
+    root = remote.root("a")
+    assert root.parts is not None
+    assert unpack_trace(root.parts.trace) == trace
+    with asked(monkeypatch) as requests:
+        another.pull("r", "a", "a", silent, lazy=True)
+    assert [path for path, _, _ in requests.reads] == [layout.image_path("a")]
+
+
+def slots_of(remote: Remote, name: str) -> list[fmt.Slot]:
+    """The chunks of an image, in the order of its frames."""
+    manifest = remote.manifest(remote.root(name))
+    frames = frames_of(manifest, remote.indexes(manifest))
+    return [slot for _, frame in frames for slot in frame.header.slots]
 
 
 @in_directory
