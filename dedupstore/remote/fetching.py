@@ -338,8 +338,7 @@ class Fetcher:
         with self._lock:
             self.counters.bytes += len(sent)
             self.counters.frames += 1
-        self.keeper.keep(wanted.frame, record)
-        self._land(wanted.frame, memoryview(record), None)
+        self._keep(wanted.frame, record)
 
     # --- the request ---
 
@@ -359,14 +358,18 @@ class Fetcher:
                 if record is None:
                     self._abandon(wanted.frame, None)
                     continue
-                self.keeper.keep(wanted.frame, record)
-                self._land(wanted.frame, memoryview(record), None)
+                self._keep(wanted.frame, record)
             for wanted in group[len(part) :]:
                 self._abandon(wanted.frame, None)
             return
         self.counters.errors += 1
         for wanted in group:
             self._abandon(wanted.frame, error)
+
+    def _keep(self, frame: int, record: bytearray) -> None:
+        """End a flight with what came, which is stored behind the back of who waits."""
+        self.keeper.keep(frame, record)
+        self._land(frame, memoryview(record), None)
 
     def _abandon(self, frame: int, error: DedupError | None) -> None:
         self._claims.release(frame)

@@ -72,7 +72,7 @@ class Puller:
         also: Also = lambda _txn, _digest, _trace: None,
     ) -> Pulled:
         """Have the image that the remote was `asked` for here as `name`; unless `lazy`, with all
-        its contents. With `begin` what is needed first begins to come, until `close`: the first
+        its contents. With `begin` what is needed first begins to come: the first
         block, and what is in a trace, `trace` or the image's own. `also` is committed with the
         name.
 
@@ -81,18 +81,19 @@ class Puller:
         """
         self._env.open_remote()
         root = asked.result()
+        carried = None if root.parts is None else unpack_trace(root.parts.trace)
         self._require_free(name, root.digest, replace=replace)
         before = self._fetcher.counters.bytes
         with self._leased(root.digest):
             manifest = self._known_manifest(root.digest)
             numbered: dict[int, int] = {}
             if manifest is None:
-                manifest, numbered = self._adopt(root, begin=begin, trace=trace)
+                manifest, numbered = self._adopt(root, begin=begin, trace=trace or carried)
             missing = missing_frames(self._env, manifest, numbered)
             if not lazy and missing:
                 self._bring(missing, on_progress)
                 missing = missing_frames(self._env, manifest)
-            self._publish(name, root, also, replace=replace)
+            self._publish(name, root, carried, also, replace=replace)
         fetched = self._fetcher.counters.bytes - before
         left = sum(missing.values())
         return Pulled(name, root.digest, root.size, manifest.unique_bytes, fetched, left)
@@ -147,7 +148,8 @@ class Puller:
         self, root: Root, *, begin: bool, trace: Trace | None
     ) -> tuple[fmt.ManifestRecord, dict[int, int]]:
         """Store the manifest of an image and the frames that are not known here; return it, and
-        these frames' numbers and bytes."""
+        these frames' numbers and bytes. With `begin` what is needed first, by a `trace`, begins to
+        come."""
         remote_manifest = self._remote.manifest(root)
         indexes = self._remote.indexes(remote_manifest, root.parts)
         tables = tables_of(remote_manifest, indexes)
@@ -157,7 +159,7 @@ class Puller:
                 adoption = Adoption(txn, self._env, self._remote.number, remote_manifest, tables)
                 adoption.place()
                 if begin:
-                    wanted = adoption.first(_trace(root, trace))
+                    wanted = adoption.first(trace)
                     ahead = Ahead(self._fetcher, self._remote, wanted)
                 verify(root, remote_manifest, tables)
                 manifest = adoption.store()
@@ -172,9 +174,10 @@ class Puller:
         quarantine.redirect_all(self._env)
         return manifest, adoption.numbered
 
-    def _publish(self, name: str, root: Root, also: Also, *, replace: bool) -> None:
+    def _publish(
+        self, name: str, root: Root, trace: Trace | None, also: Also, *, replace: bool
+    ) -> None:
         key = catalog.encode_name(name)
-        trace = _trace(root, None)
         with self._env.write() as txn:
             also(txn, root.digest, trace)
             record = txn.get(key, db=self._env.images)
@@ -186,13 +189,6 @@ class Puller:
                 txn.delete(key, db=self._env.images)
             image = fmt.ImageRecord(root.digest, root.size, time.time_ns(), root.kind)
             catalog.add_image(txn, self._env, name, image)
-
-
-def _trace(root: Root, given: Trace | None) -> Trace | None:
-    """The trace that is given, or else that the image was pushed with."""
-    if given is not None or root.parts is None:
-        return given
-    return unpack_trace(root.parts.trace)
 
 
 def missing_frames(

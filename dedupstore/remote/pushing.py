@@ -216,13 +216,15 @@ class Push:
         self._contents = Contents(remote, cache)
         self._sender = Sender(remote, load, on_progress)
         chunks = {slot.digest for local in self._frames.values() for slot in local.needed()}
-        self._trace = None if trace is None else _restricted(trace, chunks)
+        used = None if trace is None else _restricted(trace, chunks)
+        self._first = () if used is None else used.digests
+        self._packed_trace = roots.pack_trace(used) if used and used.digests else b""
 
     def is_done(self, root: roots.Root) -> bool:
         """Whether this root document is what the push would make, time and places aside."""
         if root.digest != self._image.digest or not self._remote.is_whole(root):
             return False
-        trace = self._packed_trace()
+        trace = self._packed_trace
         return not trace or (root.parts is not None and root.parts.trace == trace)
 
     def _send(self, first: Sequence[bytes]) -> None:
@@ -304,9 +306,8 @@ class Push:
     def make_root(self, name: str, before: roots.Root | None) -> roots.Root:
         """Write all that the image needs but for its root document, which is returned. `before` is
         the one that it replaces."""
-        first = () if self._trace is None else self._trace.digests
-        self._send(first)
-        manifest = self._make_manifest(first)
+        self._send(self._first)
+        manifest = self._make_manifest(self._first)
         data = manifests.encode_manifest(manifest, new_salt())
         carried_bytes_max = max(self._sender.sent_bytes // _CARRIED_PARTS, _CARRIED_BYTES)
         if before is not None and before.parts is not None:  # that gets a trace, say
@@ -320,11 +321,8 @@ class Push:
             time.time(),
             blake3(data).digest(),
             len(data),
-            roots.Parts(data, self._packed_trace(), indexes),
+            roots.Parts(data, self._packed_trace, indexes),
         )
-
-    def _packed_trace(self) -> bytes:
-        return roots.pack_trace(self._trace) if self._trace and self._trace.digests else b""
 
     # --- what it did ---
 

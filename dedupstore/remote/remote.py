@@ -142,7 +142,10 @@ class Remote:
 
     def ask_root(self, name: str) -> Future[Root]:
         """As `root`, while the caller does something else."""
-        return Workers(1).submit(partial(self.root, name))
+        worker = Workers(1)
+        asked = worker.submit(partial(self.root, name))
+        worker.close(0)  # its thread ends with the answer
+        return asked
 
     def no_image(self, name: str) -> RemoteNotFoundError:
         """What to raise for an image that is not there."""

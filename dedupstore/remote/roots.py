@@ -29,7 +29,7 @@ ROOT_VERSION = 2
 _LINE_ALONE = 1  # the manifest was an object of its own
 
 LINE_BYTES_MAX = 4096
-"""The first line has fewer bytes: the name, thrice as long when it is escaped, and little else."""
+"""The first line has fewer bytes: the name, six times as long if it is escaped, and little else."""
 ROOT_BYTES_MAX = LINE_BYTES_MAX + MANIFEST_BYTES_MAX + TRACE_BYTES_MAX + BUNDLE_BYTES_MAX
 """What a reader of whole documents accepts."""
 

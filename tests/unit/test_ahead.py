@@ -186,3 +186,11 @@ def test_damaged_bytes_that_come_ahead_are_not_kept(
         host.fetcher()._early.close(5)
     assert host.fetcher().kept == (0, 0)
     assert read_image(host, "a") == IMAGE
+
+
+def test_pulls_leave_no_threads_behind(host: Store) -> None:
+    begin(host)
+    before = threading.active_count()
+    for name in ("b", "c", "d"):
+        host.pull("far", "a", name, silent, lazy=True, begin=True)
+    wait_until(lambda: threading.active_count() <= before)
